@@ -1,0 +1,1 @@
+"""A language model from raw text to PPO-aligned policy: stages that meet on disk, and the maths they share."""

@@ -1,0 +1,123 @@
+"""From files of text to rows of token ids: one place where text becomes tokens, for every stage.
+
+    prompt      [bos] Just saw this with my
+    completion                              dad and we both loved it. [eos]
+    score input [bos] Just saw this with my dad and we both loved it. [eos]
+
+A prompt and its completion are tokenized apart and joined as ids, in SFT, in reward training and in PPO alike, so the
+reward model reads in PPO exactly the ids it was trained on. Nothing here looks for padding by its id.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config import UserError
+
+IGNORED = -100  # the label of a token that carries no loss (PyTorch's convention)
+
+
+class DataError(UserError):
+    """A row that cannot be used; the message names file, row and field, what was expected and how to mend it."""
+
+
+def read_rows(file: str, fields: Sequence[str], limit: int = 0) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, each with the given text fields; the first `limit` of them, 0 for all.
+
+    Raises DataError for a row that is not a JSON object, or lacks a field, or holds another type or no text in it.
+    """
+    rows: list[dict[str, Any]] = []
+    with Path(file).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if limit and len(rows) == limit:
+                break
+            rows.append(_checked(file, number, line, fields))
+    if not rows:
+        raise DataError(f"{file}: no rows; expected one JSON object per line with {', '.join(fields)}")
+    return rows
+
+
+def _checked(file: str, number: int, line: str, fields: Sequence[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: row {number}: not JSON ({error}); expected one object per line") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{file}: row {number}: expected a JSON object, got {type(row).__name__}")
+    for field in fields:
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            got = repr(row[field])[:40] if field in row else "no such field"
+            raise DataError(f"{file}: row {number}: {field}: expected text, got {got}; mend or remove the row")
+    return row
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Ids of a prompt, opened by what the tokenizer puts before a text (bos)."""
+    return tokenizer(prompt)["input_ids"]
+
+
+def completion_ids(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:
+    """Ids of a completion, closed by EOS."""
+    return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
+    """Ids of prompt + completion + EOS: what SFT trains on and what the reward model scores."""
+    return prompt_ids(tokenizer, prompt) + completion_ids(tokenizer, completion)
+
+
+def language_rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Dataset:
+    """`input_ids` of whole texts, each opened by bos and closed by EOS."""
+    return Dataset.from_list([{"input_ids": text_ids(tokenizer, "", text)} for text in texts])
+
+
+def completion_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], max_tokens: int) -> tuple[Dataset, int]:
+    """`input_ids` and `labels` (IGNORED on the prompt) of prompt + completion + EOS, and how many rows were too long."""
+    kept, dropped = [], 0
+    for row in rows:
+        prompt, completion = prompt_ids(tokenizer, row["prompt"]), completion_ids(tokenizer, row["completion"])
+        if len(prompt) + len(completion) > max_tokens:
+            dropped += 1
+            continue
+        kept.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
+    return _not_empty(kept, max_tokens), dropped
+
+
+def preference_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], max_tokens: int) -> tuple[Dataset, int]:
+    """`chosen_ids`, `rejected_ids` and `margin` of pairs of whole texts, and how many pairs were too long."""
+    kept, dropped = [], 0
+    for row in rows:
+        chosen, rejected = (text_ids(tokenizer, row.get("prompt", ""), row[side]) for side in ("chosen", "rejected"))
+        if max(len(chosen), len(rejected)) > max_tokens:
+            dropped += 1
+            continue
+        kept.append({"chosen_ids": chosen, "rejected_ids": rejected, "margin": float(row.get("margin", 0.0))})
+    return _not_empty(kept, max_tokens), dropped
+
+
+def _not_empty(rows: list[dict], max_tokens: int) -> Dataset:
+    if not rows:
+        raise DataError(f"every row is longer than max_tokens = {max_tokens}; raise max_tokens or shorten the texts")
+    return Dataset.from_list(rows)
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
+    """(B, S) ids padded on one side, and the boolean mask of the real ones, made from the lengths."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side),
+        pad_sequence(real, batch_first=True, padding_value=False, padding_side=side),
+    )
+
+
+def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Left-padded prompts (B, P) and their mask; a longer prompt keeps its end (the part that asks)."""
+    return pad([prompt_ids(tokenizer, prompt)[-max_tokens:] for prompt in prompts], tokenizer.pad_token_id, "left")

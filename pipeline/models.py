@@ -1,0 +1,314 @@
+"""Models and tokenizers: made, loaded with their heads, given adapters, saved so that any directory loads anywhere.
+
+A reward model and a critic are one kind of thing: transformers' sequence classifier with one label, whose head is read at
+the last token (score) or before every response token (values). The constant that gives the SFT policy mean score 0 is
+`config.score_shift`; scoring subtracts it and a critic made from the reward model starts from it, so that before
+training the critic predicts just what the reward model would pay.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE, WordLevel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.config import Adapter, Pretrain, UserError
+from pipeline.tensors import logits_without, logprobs_and_entropy, position_ids
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+
+
+class ModelError(UserError):
+    """A model or tokenizer directory that cannot be used as asked; the message says what was expected."""
+
+
+# tokenizers
+
+
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with distinct pad, bos and eos, trained on texts: byte-level BPE, characters or words.
+
+    It opens every text with bos; closing one with eos is `pipeline.data`'s. Byte-level BPE (Radford et al. 2019) knows
+    every text; `char` and `word` map what they have not seen to <unk>.
+    """
+    special = [PAD, BOS, EOS]
+    if kind == "bpe":
+        tokenizer = Tokenizer(BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
+        # One piece per character, or a word with the space before it: joined without glue, both give the text back.
+        piece = Regex("(?s:.)") if kind == "char" else Regex(r"\s?\S+|\s+")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(piece, behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=vocab_size, special_tokens=[*special, UNKNOWN], show_progress=False
+        )
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    unknown = {} if kind == "bpe" else {"unk_token": UNKNOWN}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, padding_side="left", **unknown
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id; ModelError if it has no EOS, or no padding token of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token in it")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ModelError(f"{path}: its tokenizer needs a pad token other than EOS; set pad_token to an unused token")
+    return tokenizer
+
+
+# models
+
+
+def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A small Llama (Touvron et al., arXiv 2302.13971) with tied embeddings and fresh weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            max_position_embeddings=config.context,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def load_language_model(path: str | Path) -> PreTrainedModel:
+    """A causal language model in fp32, without dropout; an adapter saved in the same directory is merged into it."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    return without_dropout(merge_adapter(model))
+
+
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its adapter added into its weights and every adapter layer gone; in place."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge(safe_merge=True)
+        model.set_submodule(name, layer.get_base_layer())
+    if layers:
+        model._hf_peft_config_loaded = False  # save_pretrained would otherwise write an adapter alone
+        del model.peft_config
+    return model
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with every dropout at 0: a log-probability must be the same number whenever it is computed."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(vars(module).get("attention_dropout"), float):
+            module.attention_dropout = 0.0  # attention modules apply this attribute themselves
+    return model
+
+
+def with_adapter(model: PreTrainedModel, dials: Adapter) -> PeftModel:
+    """The model frozen, under a fresh trainable adapter that changes nothing yet."""
+    targets: Any = dials.adapter_targets.split(",") if dials.adapter_targets else None
+    if dials.adapter == "lora":
+        config: Any = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=dials.lora_rank,
+            lora_alpha=dials.lora_alpha,
+            use_rslora=dials.rslora,
+            target_modules=targets or "all-linear",
+        )
+    elif dials.adapter == "ia3":
+        config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=targets)
+    else:
+        raise ModelError(f"adapter: expected lora or ia3, got {dials.adapter}")
+    return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def reference_role(policy: nn.Module) -> Iterator[None]:
+    """Within it an adapter policy is its own frozen reference: the adapter layers pass their base through, bit for bit.
+
+    Only what the layers read changes. PEFT's `disable_adapter` would also toggle `requires_grad`, which must never
+    change once the optimiser and the process group know the parameters.
+    """
+    layers = [layer for layer in policy.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model in eval mode, none of its parameters trainable."""
+    return model.requires_grad_(False).eval()
+
+
+def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A sequence classifier with one label on a language model's trunk, its head drawn from N(0, 1/(d+1)).
+
+    The head's scale is that of Stiennon et al. (arXiv 2009.01325); its score starts near unit variance.
+    """
+    language_model = load_language_model(path)
+    config = copy.deepcopy(language_model.config)
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    config.score_shift = 0.0
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(language_model.base_model.state_dict())
+    nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
+    return without_dropout(model)
+
+
+def load_reward_model(path: str | Path) -> PreTrainedModel:
+    """A reward model or critic with its head; ModelError if the head or the shift was not saved with it."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        keys = sorted([*info["missing_keys"], *info["unexpected_keys"]])
+        raise ModelError(f"{path}: not a whole reward model: missing or unused weights {', '.join(keys[:5])}")
+    if model.config.num_labels != 1 or not hasattr(model.config, "score_shift"):
+        raise ModelError(f"{path}: expected a reward model with one label and a score_shift, made by stages/reward.py")
+    return without_dropout(model)
+
+
+def head_outputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, shift: Tensor | float) -> Tensor:
+    """The head's output minus shift at every position, (B, S) fp32; input_ids (B, S), attention_mask (B, S) boolean."""
+    hidden = model.base_model(
+        input_ids=input_ids.masked_fill(~attention_mask, 0),
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).last_hidden_state
+    with torch.autocast(hidden.device.type, enabled=False):
+        return nn.functional.linear(hidden.float(), model.score.weight.float()).squeeze(-1) - shift
+
+
+class Critic(nn.Module):
+    """State values of a backbone of its own, started from the reward model (Ouyang et al., arXiv 2203.02155, appendix C.4).
+
+    `shift` starts as the reward model's and is trained: the value head's bias, negated.
+    """
+
+    def __init__(self, reward_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(reward_model).requires_grad_(True)
+        self.shift = nn.Parameter(torch.tensor(float(reward_model.config.score_shift)))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values (B, S) of the states after each token."""
+        return head_outputs(self.model, input_ids, attention_mask, self.shift)
+
+    def save(self, folder: Path) -> None:
+        self.model.config.score_shift = self.shift.item()
+        self.model.save_pretrained(folder)
+
+
+class ActorCritic(nn.Module):
+    """All that PPO trains, as one module: policy and critic, one forward, one optimiser."""
+
+    def __init__(self, policy: nn.Module, critic: Critic, temperature: float, pad_id: int) -> None:
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.temperature, self.pad_id = temperature, pad_id
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, entropies and values, each (B, T), of the last T = size tokens of (B, S) rows.
+
+        values[:, t] is read before token t is emitted, as the log-probability of token t is.
+        """
+        logprobs, entropies = response_logprobs(
+            self.policy, input_ids, attention_mask, size, self.temperature, self.pad_id
+        )
+        return logprobs, entropies, self.critic(input_ids, attention_mask)[:, -size - 1 : -1]
+
+
+def response_logprobs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, size: int, temperature: float, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (B, T), in nats, of the last T = size tokens at the sampling temperature.
+
+    input_ids (B, S), attention_mask (B, S) boolean. The padding token is left out of the distribution, as in sampling.
+    """
+    logits = model(
+        input_ids=input_ids.masked_fill(~attention_mask, 0),
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        logits_to_keep=size + 1,
+    ).logits[:, :-1]
+    return logprobs_and_entropy(logits_without(logits, [pad_id]), input_ids[:, -size:], temperature)
+
+
+# saving
+
+
+def save_policy(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A directory that `AutoModelForCausalLM.from_pretrained` loads from anywhere, tokenizer and generation config included.
+
+    With an adapter the directory holds the base it was trained on as well: an adapter alone names its base by a path,
+    which is wrong as soon as the directory moves.
+    """
+    if isinstance(policy, PeftModel):
+        base = policy.get_base_model()
+        weights = {
+            name.replace(".base_layer.", "."): weight
+            for name, weight in base.state_dict().items()
+            if not any(part.startswith(("lora_", "ia3_")) for part in name.split("."))
+        }
+        policy.peft_config["default"].base_model_name_or_path = None
+        policy.save_pretrained(folder)
+        (folder / "README.md").unlink()  # a model card with empty headings
+    else:
+        base, weights = policy, None
+    base.generation_config = sampling_config(tokenizer, base)
+    base.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def sampling_config(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> GenerationConfig:
+    """Pure sampling: no truncation of the distribution (transformers' unset top_k means 50), and never a padding token."""
+    return GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        repetition_penalty=1.0,
+        suppress_tokens=[tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )

@@ -1,0 +1,297 @@
+"""Stage 4: PPO (Schulman et al., arXiv 1707.06347) on a language model, against a reward model and a frozen reference.
+
+    for each rollout:
+        collect          prompts -> responses sampled from the policy
+        to_experience    old log-probabilities, values, k1 KL, token rewards, GAE, whitening: once, without gradient
+        update           epochs x minibatches of   L = L_policy + value_coef * L_value - entropy_coef * H
+
+Policy and critic are one module with one optimiser, prepared once. Each mean divides by one number of tokens, counted
+over all micro-batches and processes of the optimiser step, so neither changes the mathematics.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.advantages import explained_variance, kl_k3
+from pipeline.config import PPO
+from pipeline.data import prompt_batch, read_rows
+from pipeline.losses import policy_loss, value_loss
+from pipeline.models import (
+    ActorCritic,
+    Critic,
+    frozen,
+    load_language_model,
+    load_reward_model,
+    load_tokenizer,
+    reference_role,
+    response_logprobs,
+    save_policy,
+    with_adapter,
+)
+from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, to_experience
+from pipeline.run import StageRun, say
+from pipeline.scoring import reward_model_scores
+from pipeline.tensors import Reduce, masked_mean, masked_sum
+from pipeline.trainers import decode, quiet
+
+
+def train(config: PPO, score: ScoreFunction | None = None) -> Path:
+    """Trains the policy and returns its `final` directory; `score` replaces the reward model's score when given."""
+    quiet()
+    sft, reward = config.run.final("sft", config.sft), config.run.final("reward", config.reward)
+    stage = StageRun("ppo", config, {"sft": sft, "reward": reward}, [config.train_file, config.validation_file])
+    if stage.is_finished():
+        return stage.final
+    with stage:
+        accelerator = Accelerator(mixed_precision="bf16" if config.run.precision == "bf16" else "no")
+        set_seed(config.run.seed)  # the same weights on every process
+        tokenizer = load_tokenizer(sft)
+        policy: nn.Module = load_language_model(sft)
+        if config.adapter.adapter != "none":
+            policy = with_adapter(policy, config.adapter)
+        reward_model = frozen(load_reward_model(reward)).to(accelerator.device)
+        actor_critic = ActorCritic(policy, Critic(reward_model), config.sampling.temperature, tokenizer.pad_token_id)
+        reference = make_reference(actor_critic, sft, accelerator)
+        optimizer, scheduler = make_optimizer(actor_critic, config)
+        prepared, optimizer = accelerator.prepare(actor_critic.eval(), optimizer)
+        set_seed(config.run.seed, device_specific=True)  # other samples on every process
+
+        prompts = [row["prompt"] for row in read_rows(config.train_file, ["prompt"])]
+        held_out = [row["prompt"] for row in read_rows(config.validation_file, ["prompt"], config.eval_prompts)]
+        batches = prompt_batches(len(prompts), config.rollout_batch, config.run.seed)
+        score = score or partial(reward_model_scores, reward_model)
+        experience_of = partial(
+            to_experience, actor_critic=prepared, reference=reference, score=score, config=config,
+            reduce=partial(accelerator.reduce, reduction="sum"),
+        )  # fmt: skip
+        evaluate = partial(evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, config, accelerator)
+
+        summary: dict[str, Any] = {}
+        for step in range(config.rollouts):
+            if step % config.eval_every == 0:
+                summary = evaluation(stage, step, *evaluate())
+            started = time.monotonic()
+            mine = next(batches)[accelerator.process_index :: accelerator.num_processes]
+            with accelerator.autocast():
+                rollout = collect([prompts[row] for row in mine], actor_critic.policy, tokenizer, config, accelerator)
+                sampled = time.monotonic()
+                experience = experience_of(rollout)
+            check_first_rollout(step, experience, accelerator)
+            metrics = update(prepared, optimizer, experience, config, accelerator, trains_policy=step >= config.critic_warmup)
+            metrics |= rollout_metrics(experience, accelerator, config)
+            metrics |= {
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "sampling_seconds": sampled - started,
+                "seconds": time.monotonic() - started,
+                "tokens_per_second": metrics["length"] * config.rollout_batch / (time.monotonic() - started),
+            }
+            scheduler.step()
+            stage.log(step, metrics)
+            stage.progress(
+                config.rollouts, step + 1,
+                score=f"{metrics['score']:+.2f}", kl=f"{metrics['kl']:.2f}", length=f"{metrics['length']:.0f}",
+                **{"tokens/s": f"{metrics['tokens_per_second']:,.0f}"},
+            )  # fmt: skip
+        summary = evaluation(stage, config.rollouts, *evaluate())
+        say(f"ppo: validation score {summary['eval_score']:+.2f}, KL {summary['eval_kl']:.2f} nats per response")
+        trained = accelerator.unwrap_model(prepared)
+        return stage.finish(partial(save, trained, tokenizer) if accelerator.is_main_process else lambda _: None, summary)
+
+
+def make_reference(actor_critic: ActorCritic, sft: Path, accelerator: Accelerator) -> Forward:
+    """Log-probabilities of the frozen SFT policy: the adapter policy with its adapter passed through, else a frozen copy."""
+    temperature, pad_id = actor_critic.temperature, actor_critic.pad_id
+    if isinstance(actor_critic.policy, PeftModel):
+
+        def reference(ids: Tensor, mask: Tensor, size: int) -> tuple[Tensor, ...]:
+            with reference_role(actor_critic.policy):
+                return response_logprobs(actor_critic.policy, ids, mask, size, temperature, pad_id)
+
+        return reference
+    copy = frozen(load_language_model(sft)).to(accelerator.device)
+    return lambda ids, mask, size: response_logprobs(copy, ids, mask, size, temperature, pad_id)
+
+
+def make_optimizer(
+    actor_critic: ActorCritic, config: PPO
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam over policy and critic, each with its learning rate, all falling linearly and reaching zero after the end."""
+    groups = [
+        {"params": [p for p in part.parameters() if p.requires_grad], "lr": rate}
+        for part, rate in (
+            (actor_critic.policy, config.learning_rate),
+            (actor_critic.critic, config.critic_learning_rate),
+        )
+    ]
+    optimizer = torch.optim.Adam(groups, eps=config.adam_eps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.rollouts)
+
+
+def prompt_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of row numbers, the same on every process: each pass over the rows in a new order, no row twice in a batch."""
+    if size > count:
+        raise ValueError(f"rollout_batch is {size}, but there are {count} prompts; lower it or give more prompts")
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator).tolist()
+        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
+
+
+def collect(
+    prompts: list[str], policy: nn.Module, tokenizer: PreTrainedTokenizerBase, config: PPO, accelerator: Accelerator
+) -> Rollout:
+    """One sampled response for each prompt."""
+    ids, mask = prompt_batch(tokenizer, prompts, config.max_prompt_tokens)
+    return generate(policy, tokenizer, ids.to(accelerator.device), mask.to(accelerator.device), config.sampling)
+
+
+def update(
+    actor_critic: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    experience: Experience,
+    config: PPO,
+    accelerator: Accelerator,
+    trains_policy: bool,
+) -> dict[str, float]:
+    """Epochs of optimiser steps on one experience; returns the masked global means of what happened in them.
+
+    Without `trains_policy` only the critic learns: the policy's gradient is zero, and Adam leaves it where it is.
+    """
+    own = len(experience) // config.minibatches
+    micro = min(config.micro_batch, own)
+    statistics: dict[str, list[Tensor]] = {}
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(experience)).split(own):
+            tokens = accelerator.reduce(experience.response_mask[rows].sum(), "sum")
+            step: dict[str, Tensor] = {}
+            parts = rows.split(micro)
+            for number, part in enumerate(parts):
+                last = number == len(parts) - 1
+                with nullcontext() if last else accelerator.no_sync(actor_critic):
+                    loss, sums = ppo_loss(actor_critic, experience[part], config, tokens, trains_policy)
+                    # DDP averages gradients over processes; the sum over tokens wants their total.
+                    accelerator.backward(loss * accelerator.num_processes)
+                step = {name: step.get(name, torch.zeros(())) + value for name, value in sums.items()}
+            norm = accelerator.clip_grad_norm_(actor_critic.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            step |= {"grad_norm": norm / accelerator.num_processes}
+            for name, value in step.items():
+                statistics.setdefault(name, []).append(value.detach())
+    names = sorted(statistics)
+    means = accelerator.reduce(torch.stack([torch.stack(statistics[name]).mean() for name in names]), "sum")
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def ppo_loss(
+    actor_critic: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]],
+    batch: Experience,
+    config: PPO,
+    tokens: Tensor,
+    trains_policy: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's part of L = L_policy + value_coef * L_value - entropy_coef * H, and of each logged mean.
+
+    `tokens` is the number of response tokens in the optimiser step, over all its micro-batches and processes.
+    """
+    mask = batch.response_mask
+    logprobs, entropies, values = actor_critic(batch.input_ids, batch.attention_mask, batch.size)
+    per_token, policy_stats = policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, config.clip)
+    value_per_token, value_stats = value_loss(values, batch.old_values, batch.returns, mask, config.value_clip)
+
+    def mean(x: Tensor) -> Tensor:
+        return masked_mean(x, mask, tokens)
+
+    policy, value, entropy = mean(per_token), mean(value_per_token), mean(entropies)
+    loss = config.value_coef * value + float(trains_policy) * (policy - config.entropy_coef * entropy)
+    means = {"loss": loss, "policy_loss": policy, "value_loss": value, "entropy": entropy}
+    means |= {
+        "approx_kl": mean(policy_stats["approx_kl"]),
+        "clip_fraction": mean(policy_stats["clipped"].float()),
+        "value_clip_fraction": mean(value_stats["clipped"].float()),
+        "ratio": mean(policy_stats["ratio"]),
+    }
+    return loss, {name: value.detach() for name, value in means.items()}
+
+
+def check_first_rollout(step: int, experience: Experience, accelerator: Accelerator) -> None:
+    """Before any update the policy is the reference, so a KL that is not zero is a bug: stop and say so."""
+    if step == 0:
+        largest = accelerator.gather(experience.kl.abs().max()).max().item()
+        if largest > 1e-4:
+            raise RuntimeError(
+                f"ppo: before training the policy differs from its reference by {largest:.2g} nats on a token, expected 0: "
+                "the two are not computed by the same forward"
+            )
+
+
+@torch.no_grad()
+def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PPO) -> dict[str, float]:
+    """What one rollout looked like, over all processes; names and units are in the README's glossary."""
+    mask, reduce = experience.response_mask, partial(accelerator.reduce, reduction="sum")
+    tokens, sequences = reduce(mask.sum()), reduce(torch.tensor(len(experience), device=mask.device))
+    score_mean = reduce(experience.scores.sum()) / sequences
+    kl = masked_sum(experience.kl, mask)
+    k3 = masked_sum(kl_k3(experience.kl, torch.zeros_like(experience.kl)), mask)
+    metrics = {
+        "score": score_mean,
+        "score_std": (reduce((experience.scores - score_mean).square().sum()) / sequences).sqrt(),
+        "kl": reduce(kl) / sequences,
+        "kl_per_token": reduce(kl) / tokens,
+        "kl_k3_per_token": reduce(k3) / tokens,
+        "reward": reduce(masked_sum(experience.rewards, mask)) / sequences,
+        "length": tokens / sequences,
+        "eos_share": reduce(experience.has_eos.float().sum()) / sequences,
+        "return": reduce(masked_sum(experience.returns, mask)) / tokens,
+        "explained_variance": explained_variance(experience.old_values, experience.returns, mask, reduce),
+    }
+    return {name: float(value) for name, value in metrics.items()} | {"kl_coef": config.kl_coef}
+
+
+def evaluate_policy(
+    prompts: list[str],
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    experience_of: Callable[[Rollout], Experience],
+    config: PPO,
+    accelerator: Accelerator,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Metrics and samples on fixed held-out prompts with fixed noise; the training's random state is left untouched."""
+    share = prompts[accelerator.process_index :: accelerator.num_processes]
+    share = share[: len(prompts) // accelerator.num_processes]
+    with torch.random.fork_rng(), accelerator.autocast():
+        torch.manual_seed(accelerator.process_index)
+        experience = experience_of(collect(share, policy, tokenizer, config, accelerator))
+    metrics = rollout_metrics(experience, accelerator, config)
+    texts = [decode(tokenizer, ids) for ids in experience.input_ids[:, -experience.size :].tolist()]
+    rows = zip(share, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)
+    samples = [{"prompt": p, "response": r, "score": round(s, 3), "kl": round(k, 2)} for p, r, s, k in rows]
+    names = ("score", "kl", "reward", "length", "eos_share")
+    return {f"eval_{name}": metrics[name] for name in names}, samples
+
+
+def evaluation(stage: StageRun, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Logs an evaluation and eight of its samples; returns its metrics."""
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise FloatingPointError(f"ppo: evaluation at rollout {step} is not finite: {metrics}")
+    stage.log(step, metrics)
+    stage.sample({"step": step, **row} for row in samples[:8])
+    return dict(metrics)
+
+
+def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The policy at the top of the folder and the critic in `critic/`; both load with `from_pretrained`."""
+    save_policy(actor_critic.policy, tokenizer, folder)
+    actor_critic.critic.save(folder / "critic")

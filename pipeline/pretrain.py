@@ -1,0 +1,115 @@
+"""Stage 1: a small causal language model from scratch, with its tokenizer, on plain text."""
+
+import math
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig
+
+from pipeline.config import Pretrain, Sampling
+from pipeline.data import language_rows, prompt_batch, read_rows
+from pipeline.models import load_language_model, load_tokenizer, new_language_model, save_policy, train_tokenizer
+from pipeline.rollout import generate
+from pipeline.run import StageRun, is_main, say
+from pipeline.trainers import (
+    NextTokenTrainer,
+    decode,
+    packed_tokens,
+    quiet,
+    report_to,
+    training_arguments,
+    validation_loss,
+)
+
+ENOUGH_TOKENS_PER_PARAMETER = 5  # below it a model is mostly its initialisation; 20 is Hoffmann et al., arXiv 2203.15556
+TEMPERATURES = (0.5, 0.8, 1.0)
+
+
+def train(config: Pretrain) -> Path:
+    """Trains a language model with its tokenizer and returns its `final` directory, which `from_pretrained` loads."""
+    quiet()
+    stage = StageRun("pretrain", config, {}, [config.train_file, config.validation_file])
+    if stage.is_finished():
+        return stage.final
+    with stage:
+        set_seed(config.run.seed)
+        texts = [row["text"] for row in read_rows(config.train_file, ["text"], config.train_rows)]
+        held_out = [row["text"] for row in read_rows(config.validation_file, ["text"], config.validation_rows)]
+        tokenizer = make_tokenizer(config, texts)
+        model = load_language_model(config.init) if config.init else new_language_model(config, tokenizer)
+        trainer = NextTokenTrainer(
+            label_smoothing=0.0,
+            model=model,
+            args=SFTConfig(
+                **training_arguments(config.run, config.optim, stage.folder),
+                packing=True,
+                packing_strategy=config.packing,
+                max_length=config.context,
+            ),
+            train_dataset=language_rows(tokenizer, texts),
+            processing_class=tokenizer,
+        )
+        report_to(trainer, stage)
+        metrics = token_budget(model, trainer.train_dataset, config.optim.epochs)
+        trainer.train()
+        metrics |= validation_metrics(model, tokenizer, held_out, config)
+        say(
+            f"pretrain: validation loss {metrics['validation_loss']:.3f} nats/token, perplexity "
+            f"{metrics['perplexity']:.1f}, {metrics['bits_per_byte']:.3f} bits per byte"
+        )
+        if is_main():
+            stage.sample(samples(model, tokenizer, config.sample_tokens))
+        return stage.finish(lambda folder: save_policy(model, tokenizer, folder) if is_main() else None, metrics)
+
+
+def make_tokenizer(config: Pretrain, texts: list[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the dials ask for: of `init`, trained on texts, or an existing one."""
+    if config.init:
+        return load_tokenizer(config.init)
+    if config.tokenizer in ("bpe", "char", "word"):
+        return train_tokenizer(config.tokenizer, texts, config.vocab_size)
+    return load_tokenizer(config.tokenizer)
+
+
+def token_budget(model: PreTrainedModel, rows: Dataset, epochs: float) -> dict[str, float]:
+    """Parameters, training tokens and their ratio; says so when the model is too large for its data."""
+    parameters, tokens = model.num_parameters(), packed_tokens(rows) * epochs
+    ratio = tokens / parameters
+    say(f"pretrain: {parameters:,} parameters, {tokens:,.0f} tokens, {ratio:.1f} tokens per parameter")
+    if ratio < ENOUGH_TOKENS_PER_PARAMETER:
+        say(f"pretrain: warning: fewer than {ENOUGH_TOKENS_PER_PARAMETER} tokens per parameter: a smaller model learns more")
+    return {"parameters": parameters, "tokens": tokens, "tokens_per_parameter": ratio}
+
+
+def validation_metrics(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: Pretrain
+) -> dict[str, float]:
+    """Validation loss (nats per token), perplexity, and bits per byte of UTF-8, which compares across tokenizers."""
+    rows = language_rows(tokenizer, texts)
+    pieces = [
+        {"input_ids": ids[start : start + config.context]}
+        for ids in rows["input_ids"]
+        for start in range(0, len(ids) - 1, config.context - 1)  # each piece opens with the last token of the one before
+    ]
+    loss, tokens = validation_loss(
+        model, tokenizer, Dataset.from_list(pieces), config.optim.micro_batch, config.run.precision
+    )
+    size = sum(len(text.encode()) for text in texts)
+    return {
+        "validation_loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss * tokens / math.log(2) / size,
+        "validation_tokens": tokens,
+    }
+
+
+def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int) -> list[dict[str, object]]:
+    """Texts from an empty prompt, two at each of three temperatures."""
+    rows: list[dict[str, object]] = []
+    for temperature in TEMPERATURES:
+        torch.manual_seed(0)
+        rollout = generate(model, tokenizer, *prompt_batch(tokenizer, ["", ""], 1), Sampling(size, temperature))
+        rows += [{"temperature": temperature, "text": decode(tokenizer, ids)} for ids in rollout.responses.tolist()]
+    return rows

@@ -1,0 +1,131 @@
+"""Stage 3: a Bradley-Terry reward model on pairs of whole texts, centred on the SFT policy, beside a linear baseline."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import RewardConfig, RewardTrainer
+
+from pipeline.config import Reward
+from pipeline.data import pad, preference_rows, prompt_batch, read_rows
+from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
+from pipeline.models import load_language_model, load_tokenizer, new_reward_model
+from pipeline.rollout import generate
+from pipeline.run import StageRun, is_main, say
+from pipeline.scoring import reward_model_scores
+from pipeline.trainers import quiet, report_to, training_arguments
+
+MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)  # rating points; pairs from binary labels have margin 0
+
+
+def train(config: Reward) -> Path:
+    """Trains the reward model and returns its `final` directory: a sequence classifier with its shift in the config."""
+    quiet()
+    base, sft = config.run.final("pretrain", config.base), config.run.final("sft", config.sft)
+    files = [config.train_file, config.validation_file, config.test_file, config.prompts_file]
+    stage = StageRun("reward", config, {"base": base, "sft": sft}, files)
+    if stage.is_finished():
+        return stage.final
+    with stage:
+        set_seed(config.run.seed)
+        tokenizer = load_tokenizer(base)
+        model = new_reward_model(base, tokenizer)
+        pairs = read_rows(config.train_file, ["chosen", "rejected"], config.train_rows)
+        rows, dropped = preference_rows(tokenizer, pairs, config.max_tokens)
+        say(f"reward: {len(rows):,} pairs; {dropped:,} longer than {config.max_tokens} tokens were dropped")
+        trainer = RewardTrainer(
+            model=model,
+            args=RewardConfig(
+                **training_arguments(config.run, config.optim, stage.folder),
+                train_sampling_strategy="group_by_length",
+                length_column_name="length",
+                remove_unused_columns=False,
+                max_length=None,
+            ),
+            train_dataset=rows.add_column("length", [len(ids) for ids in rows["chosen_ids"]]),
+            processing_class=tokenizer,
+        )
+        report_to(trainer, stage)
+        trainer.train()
+        model.eval()
+        model.config.score_shift = mean_score_of_samples(model, tokenizer, sft, config)
+        metrics: dict[str, Any] = {"pairs": len(rows), "pairs_dropped": dropped, "score_shift": model.config.score_shift}
+        metrics["validation"] = held_out_accuracy(model, tokenizer, config.validation_file, config, pairs=None)
+        metrics["test"] = held_out_accuracy(model, tokenizer, config.test_file, config, pairs=pairs)
+        test = metrics["test"]
+        say(
+            f"reward: held-out pair accuracy {test['accuracy']['value']:.3f} "
+            f"[{test['accuracy']['low']:.3f}, {test['accuracy']['high']:.3f}] on {test['accuracy']['n']:,} pairs; "
+            f"TF-IDF + ridge {test['linear_baseline']['value']:.3f}; longer wins {test['longer_wins']['value']:.3f}"
+        )
+        return stage.finish(partial(save, model, tokenizer) if is_main() else lambda _: None, metrics)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def score_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], config: Reward) -> np.ndarray:
+    """Scores (n,) of token rows, in batches of like lengths, each process computing all of them."""
+    accelerator = Accelerator(mixed_precision="bf16" if config.run.precision == "bf16" else "no")
+    scores = np.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    for start in range(0, len(order), 2 * config.optim.micro_batch):
+        part = order[start : start + 2 * config.optim.micro_batch]
+        ids, mask = pad([rows[row] for row in part], tokenizer.pad_token_id, "right")
+        with accelerator.autocast():
+            scores[part] = reward_model_scores(model, ids.to(model.device), mask.to(model.device)).cpu().numpy()
+    return scores
+
+
+def mean_score_of_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sft: Path, config: Reward) -> float:
+    """Mean score of responses sampled from the SFT policy, whole or cut off alike: the zero point of the scale."""
+    policy = load_language_model(sft).to(model.device)
+    prompts = [row["prompt"] for row in read_rows(config.prompts_file, ["prompt"], config.centre_prompts)]
+    torch.manual_seed(config.run.seed)
+    scores = []
+    for start in range(0, len(prompts), config.optim.micro_batch):
+        batch = prompt_batch(tokenizer, prompts[start : start + config.optim.micro_batch], config.max_tokens)
+        rollout = generate(policy, tokenizer, *(x.to(model.device) for x in batch), config.sampling)
+        scores.append(reward_model_scores(model, rollout.input_ids, rollout.attention_mask))
+    return torch.cat(scores).mean().item()
+
+
+def held_out_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: str, config: Reward, pairs: list[dict] | None
+) -> dict[str, Any]:
+    """Pair accuracy (ties count one half) with its 95 % interval, by source and margin, beside 'the longer text wins'.
+
+    With the training `pairs` also a linear baseline fitted on them and tested on the same held-out pairs.
+    """
+    rows = read_rows(file, ["chosen", "rejected"], config.validation_rows)
+    tokens, dropped = preference_rows(tokenizer, rows, 10**9)
+    chosen, rejected = (score_rows(model, tokenizer, tokens[side], config) for side in ("chosen_ids", "rejected_ids"))
+    correct = pair_accuracy(chosen - rejected)
+    margins = np.array(tokens["margin"])
+    texts = [[row.get("prompt", "") + row[side] for row in rows] for side in ("chosen", "rejected")]
+    lengths = np.array([len(ids) for side in ("chosen_ids", "rejected_ids") for ids in tokens[side]])
+    report: dict[str, Any] = {
+        "accuracy": asdict(share_ci(correct)),
+        "by_margin": [asdict(bucket) for bucket in by_bucket(correct, margins, MARGIN_EDGES)],
+        "by_source": {
+            source: asdict(share_ci(correct[[row.get("source") == source for row in rows]]))
+            for source in sorted({row["source"] for row in rows if "source" in row})
+        },
+        "longer_wins": asdict(share_ci(longer_wins(*texts))),
+        "score_std": float(np.std(np.concatenate([chosen, rejected]))),
+        "score_length_correlation": float(np.corrcoef(np.concatenate([chosen, rejected]), lengths)[0, 1]),
+    }
+    if pairs is not None:
+        train = [[row.get("prompt", "") + row[side] for row in pairs] for side in ("chosen", "rejected")]
+        baseline = linear_pair_baseline(*train, [row.get("margin", 0.0) for row in pairs], *texts)
+        report["linear_baseline"] = asdict(share_ci(baseline))
+    return report

@@ -1,0 +1,141 @@
+"""What happened (`Rollout`) and what to learn from it (`Experience`): from prompts to advantages.
+
+    prompts -> generate -> Rollout -> score, policy, reference, critic -> token rewards -> GAE -> whiten -> Experience
+
+Everything in an Experience is computed once per rollout, without gradient, and is never refreshed between epochs. The
+log-probabilities that PPO calls old come from the same forward that training uses, so the first ratio is exactly 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.advantages import gae, kl_k1, replace_missing_eos, token_rewards
+from pipeline.config import PPO, Sampling
+from pipeline.models import sampling_config
+from pipeline.tensors import Reduce, response_length, response_mask, whiten
+
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+"""Scores (B,) of token rows: input_ids (B, S) and attention_mask (B, S) boolean, prompt + response + EOS."""
+
+Forward = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
+"""(B, T) tensors of the last T tokens: of input_ids (B, S), attention_mask (B, S) boolean, T."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts and the responses sampled for them; S = P + T."""
+
+    input_ids: Tensor  # (B, S) prompts left-padded, responses right-padded
+    attention_mask: Tensor  # (B, S) boolean
+    response_mask: Tensor  # (B, T) boolean, EOS included
+    length: Tensor  # (B,) response tokens, EOS included
+    has_eos: Tensor  # (B,) boolean
+
+    @property
+    def size(self) -> int:
+        return self.response_mask.shape[1]
+
+    @property
+    def responses(self) -> Tensor:
+        return self.input_ids[:, -self.size :]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One rollout with all that the losses need; every tensor is detached."""
+
+    input_ids: Tensor  # (B, S)
+    attention_mask: Tensor  # (B, S) boolean
+    response_mask: Tensor  # (B, T) boolean
+    has_eos: Tensor  # (B,) boolean
+    old_logprobs: Tensor  # (B, T) nats
+    old_values: Tensor  # (B, T) reward units
+    kl: Tensor  # (B, T) nats, k1 estimate against the reference
+    scores: Tensor  # (B,) as the reward says, before a missing EOS replaces it
+    rewards: Tensor  # (B, T) reward units
+    returns: Tensor  # (B, T) reward units
+    advantages: Tensor  # (B, T) whitened over all processes
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def size(self) -> int:
+        return self.response_mask.shape[1]
+
+    def __getitem__(self, rows: Tensor) -> "Experience":
+        return Experience(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel | nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Tensor,
+    prompt_mask: Tensor,
+    sampling: Sampling,
+) -> Rollout:
+    """Samples one response per prompt from exactly the distribution that is scored: temperature, and no other warping.
+
+    prompts, prompt_mask (B, P), left-padded. Draws from torch's global generator. Responses are padded to
+    max_new_tokens, so every rollout has one shape.
+    """
+    config = sampling_config(tokenizer, model)
+    config.max_new_tokens, config.temperature = sampling.max_new_tokens, sampling.temperature
+    was_training = model.training
+    model.eval()
+    output = model.generate(
+        input_ids=prompts, attention_mask=prompt_mask.long(), generation_config=config, use_cache=True
+    )
+    model.train(was_training)
+    responses = output[:, prompts.shape[1] :]
+    responses = nn.functional.pad(
+        responses, (0, sampling.max_new_tokens - responses.shape[1]), value=tokenizer.pad_token_id
+    )
+    length, has_eos = response_length(responses, tokenizer.eos_token_id)
+    mask = response_mask(length, sampling.max_new_tokens)
+    responses = responses.masked_fill(~mask, tokenizer.pad_token_id)
+    return Rollout(torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1), mask, length, has_eos)
+
+
+@torch.no_grad()
+def to_experience(
+    rollout: Rollout, actor_critic: Forward, reference: Forward, score: ScoreFunction, config: PPO, reduce: Reduce
+) -> Experience:
+    """The rollout with old log-probabilities, values, KL, rewards, returns and globally whitened advantages.
+
+    `actor_critic` gives (logprobs, entropies, values), `reference` gives (logprobs, entropies); both are called on
+    micro-batches of the size that training uses. `reduce` sums a tensor over processes.
+    """
+    logprobs, values, ref_logprobs, scores = [], [], [], []
+    for ids, mask in zip(
+        rollout.input_ids.split(config.micro_batch), rollout.attention_mask.split(config.micro_batch), strict=True
+    ):
+        logp, _, value = actor_critic(ids, mask, rollout.size)
+        logprobs.append(logp)
+        values.append(value)
+        ref_logprobs.append(reference(ids, mask, rollout.size)[0])
+        scores.append(score(ids, mask))
+    mask = rollout.response_mask
+    old_logprobs, old_values, all_scores = torch.cat(logprobs), torch.cat(values), torch.cat(scores)
+    kl = kl_k1(old_logprobs, torch.cat(ref_logprobs)).masked_fill(~mask, 0)
+    used = replace_missing_eos(all_scores, rollout.has_eos, config.missing_eos_score)
+    rewards = token_rewards(used, kl, mask, config.kl_coef)
+    advantages = gae(rewards, old_values, mask, config.gamma, config.lam)
+    return Experience(
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        response_mask=mask,
+        has_eos=rollout.has_eos,
+        old_logprobs=old_logprobs,
+        old_values=old_values,
+        kl=kl,
+        scores=all_scores,
+        rewards=rewards,
+        returns=(advantages + old_values).masked_fill(~mask, 0),
+        advantages=whiten(advantages, mask, reduce),
+    )

@@ -1,0 +1,312 @@
+"""What a stage leaves on disk, and how it gets there whole.
+
+    runs/<recipe>/<stage>/
+        config.yaml     every dial as it was resolved
+        run.json        versions, revision, parents, data fingerprints, final metrics
+        metrics.jsonl   one line per logged step            samples.jsonl   texts, one line each
+        final/          written beside its place, listed in DONE.json, renamed whole
+
+A stage is finished when `final/DONE.json` is there, and nothing reads an unfinished one. DONE.json fingerprints the config,
+the data, the parents and every file, so that a stage made from other inputs is recognised and never silently reused.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline.config import UserError, flat, identity
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class StageError(UserError):
+    """A stage that cannot start or finish; the message says why and how to mend it."""
+
+
+def is_main() -> bool:
+    return PartialState().is_main_process
+
+
+def say(text: str) -> None:
+    """Prints one line, on the main process only."""
+    if is_main():
+        console.print(text, markup=False)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_done(final: Path) -> dict[str, Any]:
+    """DONE.json of a finished stage output; a StageError names the stage to run where there is none."""
+    if not (final / "DONE.json").is_file():
+        stage = final.parent.name if final.name == "final" else "the stage that makes it"
+        raise StageError(f"{final}: not finished (no DONE.json there): run {stage} first, for example `make {stage}`")
+    return json.loads((final / "DONE.json").read_text(encoding="utf-8"))
+
+
+def verify(final: Path) -> dict[str, Any]:
+    """DONE.json after every file listed in it was found with its size and sha256; else a StageError names the file."""
+    done = read_done(final)
+    for name, expected in done["files"].items():
+        file = final / name
+        if not file.is_file() or file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
+            raise StageError(f"{file}: missing or not as it was written (sha256 differs): run {done['stage']} again")
+    return done
+
+
+def stage_main(train: Callable[[Any], object], config: Any) -> None:
+    """Runs a stage from the shell: an error that the user can mend is one sentence and exit status 1."""
+    try:
+        train(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+class StageRun:
+    """One run of one stage: its folder, its log, its progress bar, and its `final/`, which appears whole or not at all."""
+
+    def __init__(self, stage: str, config: Any, parents: Mapping[str, Path], data: Iterable[str]) -> None:
+        self.stage, self.config = stage, config
+        self.folder = config.run.folder(stage)
+        self.final = self.folder / "final"
+        self.dials = flat(config)
+        for file in data:
+            if not Path(file).is_file():
+                raise StageError(f"{file}: no such file; `make data` makes the default recipe's")
+        self.parents = {name: _parent(path, self.final) for name, path in parents.items()}
+        self.data = {file: sha256(Path(file)) for file in data}
+        self.started = time.monotonic()
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: dials, data and parents (by content, wherever they lie)."""
+        return {
+            "stage": self.stage,
+            "dials": identity(self.config),
+            "data": sorted(self.data.values()),
+            "parents": {name: parent["fingerprint"] for name, parent in self.parents.items()},
+        }
+
+    def is_finished(self) -> bool:
+        """True if `final/` was made from exactly these inputs. Another one there is an error: it is never overwritten."""
+        if not (self.final / "DONE.json").is_file():
+            if self.final.exists():
+                raise StageError(f"{self.final}: exists but has no DONE.json, so this project did not finish it: move it away")
+            return False
+        old = read_done(self.final)["identity"]
+        if old == self.identity:
+            say(f"{self.stage}: finished already, skipped ({self.final})")
+            return True
+        raise StageError(
+            f"{self.final} was made from other inputs ({_difference(old, self.identity)}). "
+            f"Nothing was changed: move {self.folder} away to make it anew, or give --runs another folder"
+        )
+
+    def __enter__(self) -> "StageRun":
+        if is_main():
+            self._put_aside_unfinished()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.dials, sort_keys=False), encoding="utf-8")
+            self._write_run_json({})
+            if self.dials["report_to"] == "wandb":
+                self._wandb = _start_wandb(self)
+        PartialState().wait_for_everyone()
+        say(f"{self.stage}: {self.folder}")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close_progress()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(kind is not None))
+            if self._wandb.settings._offline:
+                say(f"wandb: offline; upload with `wandb sync {Path(self._wandb.dir).parent}`")
+
+    def _put_aside_unfinished(self) -> None:
+        """Logs of an earlier attempt that did not finish are kept under attempts/."""
+        left = [path for path in self.folder.glob("*") if path.name != "attempts"]
+        if left:
+            aside = self.folder / "attempts" / time.strftime("%Y%m%d-%H%M%S")
+            aside.mkdir(parents=True)
+            for path in left:
+                path.rename(aside / path.name)
+
+    def _write_run_json(self, metrics: Mapping[str, Any]) -> None:
+        content = {
+            **self.identity,
+            "parents": self.parents,
+            "data": self.data,
+            "versions": _versions(),
+            "revision": _git_revision(),
+            "command": sys.argv,
+            "processes": PartialState().num_processes,
+            "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
+            "seconds": round(time.monotonic() - self.started, 1),
+            "metrics": metrics,
+        }
+        (self.folder / "run.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl and to wandb, under the same names."""
+        if is_main():
+            self._append("metrics.jsonl", {"step": step, **metrics})
+            if self._wandb is not None:
+                self._wandb.log({f"{self.stage}/{name}": value for name, value in metrics.items()}, step=step)
+
+    def sample(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends texts to samples.jsonl."""
+        if is_main():
+            for row in rows:
+                self._append("samples.jsonl", row)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def progress(self, total: int, done: int, **shown: str) -> None:
+        """Draws the stage's one progress bar with its time left and the two or three numbers that matter."""
+        if not is_main():
+            return
+        if self._progress is None:
+            columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed}/{task.total}")]
+            columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _Numbers()]
+            self._progress = Progress(*columns, console=console)
+            self._progress.start()
+            self._progress.add_task(self.stage, total=total, numbers="")
+        numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self._progress.update(self._progress.task_ids[0], completed=done, numbers=numbers)
+
+    def close_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def finish(self, write: Callable[[Path], None], metrics: Mapping[str, Any]) -> Path:
+        """Lets `write` fill a folder beside `final/`, lists it in DONE.json and renames it into place.
+
+        `write` runs on every process (a sharded model is gathered by all), each with the same path.
+        """
+        self.close_progress()
+        state = PartialState()
+        temporary = self.folder / "final.partial"
+        if state.is_main_process:
+            temporary.mkdir()
+        state.wait_for_everyone()
+        write(temporary)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self._write_run_json(metrics)
+            files = {str(f.relative_to(temporary)): f for f in sorted(temporary.rglob("*")) if f.is_file()}
+            done = {
+                "stage": self.stage,
+                "identity": self.identity,
+                "config": digest(self.identity["dials"]),
+                "tokenizer": sha256(files["tokenizer.json"]) if "tokenizer.json" in files else None,
+                "base": {name: parent["fingerprint"] for name, parent in self.parents.items()},
+                "parents": self.parents,
+                "files": {name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for name, f in files.items()},
+                "metrics": metrics,
+            }
+            done["fingerprint"] = digest([done["identity"], done["files"]])
+            for file in files.values():
+                _sync(file)
+            (temporary / "DONE.json").write_text(json.dumps(done, indent=1, default=str) + "\n", encoding="utf-8")
+            _sync(temporary / "DONE.json")
+            temporary.rename(self.final)
+            _sync(self.folder)
+            if self._wandb is not None:
+                self._wandb.summary.update({f"{self.stage}/{name}": value for name, value in metrics.items()})
+        state.wait_for_everyone()
+        say(f"{self.stage}: done in {time.monotonic() - self.started:.0f} s -> {self.final}")
+        return self.final
+
+
+class _Numbers(ProgressColumn):
+    def render(self, task: Task) -> Any:
+        return task.fields["numbers"]
+
+
+def _parent(path: Path, own: Path) -> dict[str, Any]:
+    """Where a parent lies (relative to this stage's final/, so that runs/ may move) and what it is."""
+    if not path.exists():
+        stage = path.parent.name
+        raise StageError(f"{path}: not there: run {stage} first, for example `make {stage}`")
+    fingerprint = read_done(path)["fingerprint"]
+    return {"path": os.path.relpath(path.resolve(), own.resolve()), "fingerprint": fingerprint}
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    for name in sorted({*old["dials"], *new["dials"]}):
+        was, now = old["dials"].get(name, "absent"), new["dials"].get(name, "absent")
+        if was != now:
+            return f"{name}: {was} then, {now} now"
+    for name in new["parents"]:
+        if old["parents"].get(name) != new["parents"][name]:
+            return f"its parent {name} was made anew since"
+    return "its data files differ"
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "wandb", "tokenizers")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _git_revision() -> str:
+    """HEAD of the repository this code lies in, with '+' when it has uncommitted changes; '' outside git."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    here = Path(__file__).parent
+    head = subprocess.run([git, "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run([git, "-C", here, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
+
+
+def _start_wandb(run: StageRun) -> Any:
+    """A wandb run named stage/recipe; offline by itself when there is no key, and it never asks for one."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "rlhf-pipeline"),
+        group=run.config.run.recipe,
+        job_type=run.stage,
+        name=f"{run.config.run.recipe}-{run.stage}-seed{run.config.run.seed}-{uuid.uuid4().hex[:4]}",
+        dir=str(run.folder),
+        config=run.dials,
+        mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

@@ -1,0 +1,61 @@
+"""Stage 2: supervised fine-tuning on prompt -> completion, with loss on the completion only."""
+
+import math
+from pathlib import Path
+
+from transformers import PreTrainedModel, set_seed
+from trl import SFTConfig
+
+from pipeline.config import SFT
+from pipeline.data import completion_rows, read_rows
+from pipeline.models import load_language_model, load_tokenizer, save_policy, with_adapter
+from pipeline.run import StageRun, is_main, say
+from pipeline.trainers import NextTokenTrainer, quiet, report_to, training_arguments, validation_loss
+
+
+def train(config: SFT) -> Path:
+    """Trains prompt -> completion and returns the `final` directory, which `from_pretrained` loads."""
+    quiet()
+    base = config.run.final("pretrain", config.base)
+    stage = StageRun("sft", config, {"base": base}, [config.train_file, config.validation_file])
+    if stage.is_finished():
+        return stage.final
+    with stage:
+        set_seed(config.run.seed)
+        tokenizer = load_tokenizer(base)
+        model: PreTrainedModel = load_language_model(base)
+        if config.adapter.adapter != "none":
+            model = with_adapter(model, config.adapter)
+        fields = ["prompt", "completion"]
+        rows, dropped = completion_rows(
+            tokenizer, read_rows(config.train_file, fields, config.train_rows), config.max_tokens
+        )
+        held_out, _ = completion_rows(
+            tokenizer, read_rows(config.validation_file, fields, config.validation_rows), config.max_tokens
+        )
+        say(f"sft: {len(rows):,} rows; {dropped:,} longer than {config.max_tokens} tokens were dropped")
+        before, _ = validation_loss(model, tokenizer, held_out, config.optim.micro_batch, config.run.precision)
+        trainer = NextTokenTrainer(
+            label_smoothing=config.label_smoothing,
+            model=model,
+            args=SFTConfig(
+                **training_arguments(config.run, config.optim, stage.folder),
+                train_sampling_strategy="group_by_length",
+                max_length=None,
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        report_to(trainer, stage)
+        trainer.train()
+        loss, tokens = validation_loss(model, tokenizer, held_out, config.optim.micro_batch, config.run.precision)
+        metrics = {
+            "rows": len(rows),
+            "rows_dropped": dropped,
+            "validation_loss_before": before,
+            "validation_loss": loss,
+            "perplexity": math.exp(loss),
+            "validation_tokens": tokens,
+        }
+        say(f"sft: validation loss {before:.3f} -> {loss:.3f} nats per completion token, perplexity {math.exp(loss):.1f}")
+        return stage.finish(lambda folder: save_policy(model, tokenizer, folder) if is_main() else None, metrics)

@@ -1,0 +1,152 @@
+"""What pretraining, SFT and reward training share: TRL's trainers under our dials, our loss, our log, our validation."""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTTrainer
+
+from pipeline.config import Optim, Run
+from pipeline.data import IGNORED, pad
+from pipeline.losses import next_token_loss
+from pipeline.run import StageRun
+from pipeline.tensors import masked_sum
+
+
+def quiet() -> None:
+    """Keeps dependencies' progress bars and advice out of the stage's own few lines; errors still show."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("accelerate", "trl", "peft", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
+    """The arguments that TRL's SFTConfig and RewardConfig share, from our dials."""
+    return dict(
+        output_dir=str(folder / "trainer"),
+        seed=run.seed,
+        bf16=run.precision == "bf16",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=optim.micro_batch,
+        gradient_accumulation_steps=optim.accumulation(PartialState().num_processes),
+        num_train_epochs=optim.epochs,
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        adam_beta2=optim.adam_beta2,
+        max_grad_norm=optim.max_grad_norm,
+        lr_scheduler_type="cosine",
+        warmup_steps=optim.warmup,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class Report(TrainerCallback):
+    """Sends a trainer's log lines to the stage's metrics and its one progress bar."""
+
+    names = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "num_tokens": "tokens"}
+    names |= {"accuracy": "accuracy", "margin": "score_difference", "mean_token_accuracy": "token_accuracy"}
+
+    def __init__(self, run: StageRun) -> None:
+        self.run, self.started, self.tokens = run, time.monotonic(), 0.0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        metrics = {ours: logs[theirs] for theirs, ours in self.names.items() if theirs in logs}
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"{self.run.stage}: loss is {metrics['loss']} at step {state.global_step}: stopped")
+        metrics["tokens_per_second"] = round(metrics["tokens"] / (time.monotonic() - self.started))
+        self.run.log(state.global_step, metrics)
+        shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_second']:,}"}
+        if "accuracy" in metrics:
+            shown["accuracy"] = f"{metrics['accuracy']:.3f}"
+        self.run.progress(state.max_steps, state.global_step, **shown)
+
+
+def report_to(trainer: transformers.Trainer, run: StageRun) -> None:
+    """Gives the trainer our log in place of its printing."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Report(run))
+
+
+class NextTokenTrainer(SFTTrainer):
+    """TRL's SFTTrainer with our next-token loss: textbook label smoothing in one forward, one global denominator."""
+
+    def __init__(self, *, label_smoothing: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.label_smoothing = label_smoothing
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the token losses over the number of tokens in the optimiser step on all processes."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        losses, mask = next_token_loss(outputs.logits, inputs["labels"], self.label_smoothing)
+        # DDP averages gradients over processes, so the sum of each is scaled by their number.
+        loss = masked_sum(losses, mask) / num_items_in_batch * self.accelerator.num_processes
+        tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum()
+        self._total_train_tokens += tokens.item()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return (loss, outputs) if return_outputs else loss
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int, precision: str
+) -> tuple[float, int]:
+    """Mean cross-entropy in nats per token over the labelled tokens of all rows, never smoothed, and their number.
+
+    Rows hold `input_ids` and optionally `labels`; they are shared out over processes.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    ids, labels = rows["input_ids"], rows["labels"] if "labels" in rows.column_names else rows["input_ids"]
+    order = sorted(range(len(rows)), key=lambda row: len(ids[row]))[accelerator.process_index :: accelerator.num_processes]
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        inputs, mask = pad([ids[row] for row in part], tokenizer.pad_token_id, "right")
+        targets, _ = pad([labels[row] for row in part], IGNORED, "right")
+        inputs, mask, targets = (x.to(accelerator.device) for x in (inputs, mask, targets))
+        with accelerator.autocast():
+            logits = model(input_ids=inputs, attention_mask=mask.long(), use_cache=False).logits
+        losses, counted = next_token_loss(logits, targets, 0.0)
+        total += torch.stack([masked_sum(losses, counted).double(), counted.sum().double()])
+    total = accelerator.reduce(total, "sum")
+    model.train(was_training)
+    return (total[0] / total[1]).item(), int(total[1])
+
+
+def packed_tokens(rows: Dataset) -> int:
+    """Tokens in all rows."""
+    return sum(len(ids) for ids in rows["input_ids"])
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of ids, special tokens left out, spaces as they were."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,19 @@
+"""PPO (Schulman et al., arXiv 1707.06347) on a language model, against a reward model and a frozen reference.
+
+    python stages/ppo.py --config configs/imdb/ppo.yaml
+    accelerate launch stages/ppo.py --seed 1
+"""
+
+from pipeline.config import PPO, parse
+
+
+def main() -> None:
+    config = parse(PPO)  # before torch is imported: --help and a wrong dial answer at once
+    from pipeline import ppo
+    from pipeline.run import stage_main
+
+    stage_main(ppo.train, config)
+
+
+if __name__ == "__main__":
+    main()

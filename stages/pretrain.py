@@ -1,0 +1,19 @@
+"""a small causal language model from scratch, with its tokenizer, on plain text.
+
+    python stages/pretrain.py --config configs/imdb/pretrain.yaml
+    accelerate launch stages/pretrain.py --seed 1
+"""
+
+from pipeline.config import Pretrain, parse
+
+
+def main() -> None:
+    config = parse(Pretrain)  # before torch is imported: --help and a wrong dial answer at once
+    from pipeline import pretrain
+    from pipeline.run import stage_main
+
+    stage_main(pretrain.train, config)
+
+
+if __name__ == "__main__":
+    main()

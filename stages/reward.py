@@ -1,0 +1,19 @@
+"""a Bradley-Terry reward model on pairs of whole texts, centred on the SFT policy, beside a linear baseline.
+
+    python stages/reward.py --config configs/imdb/reward.yaml
+    accelerate launch stages/reward.py --seed 1
+"""
+
+from pipeline.config import Reward, parse
+
+
+def main() -> None:
+    config = parse(Reward)  # before torch is imported: --help and a wrong dial answer at once
+    from pipeline import reward
+    from pipeline.run import stage_main
+
+    stage_main(reward.train, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""supervised fine-tuning on prompt -> completion, with loss on the completion only.
+
+    python stages/sft.py --config configs/imdb/sft.yaml
+    accelerate launch stages/sft.py --seed 1
+"""
+
+from pipeline.config import SFT, parse
+
+
+def main() -> None:
+    config = parse(SFT)  # before torch is imported: --help and a wrong dial answer at once
+    from pipeline import sft
+    from pipeline.run import stage_main
+
+    stage_main(sft.train, config)
+
+
+if __name__ == "__main__":
+    main()
