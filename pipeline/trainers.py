@@ -42,6 +42,7 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
         output_dir=str(folder / "trainer"),
         seed=run.seed,
         bf16=run.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=False,
         per_device_train_batch_size=optim.micro_batch,
         gradient_accumulation_steps=optim.accumulation(PartialState().num_processes),

@@ -1,0 +1,36 @@
+"""Talking to base, SFT and PPO side by side: the same prompt, the same noise."""
+
+import torch
+from accelerate import PartialState
+
+from pipeline.config import Chat
+from pipeline.data import prompt_batch
+from pipeline.models import frozen, load_language_model, load_tokenizer
+from pipeline.rollout import generate
+from pipeline.run import console, read_done
+from pipeline.trainers import decode, quiet
+
+
+def talk(config: Chat) -> None:
+    """Answers `config.prompt`, or what is typed line by line until an empty line."""
+    quiet()
+    paths = {"base": config.run.final("pretrain"), "sft": config.run.final("sft"), "ppo": config.run.final("merge")}
+    for path in paths.values():
+        read_done(path)
+    tokenizer = load_tokenizer(paths["sft"])
+    models = {name: frozen(load_language_model(path)).to(PartialState().device) for name, path in paths.items()}
+    if config.prompt:
+        answer(config, config.prompt, models, tokenizer)
+        return
+    console.print("Write the opening of a text; an empty line ends. Every policy continues it from the same noise.")
+    while prompt := console.input("> ").strip():
+        answer(config, prompt, models, tokenizer)
+
+
+def answer(config: Chat, prompt: str, models: dict, tokenizer) -> None:
+    """Prints each policy's continuation of the prompt."""
+    for name, model in models.items():
+        torch.manual_seed(config.run.seed)
+        batch = (x.to(model.device) for x in prompt_batch(tokenizer, [prompt], 10**9))
+        rollout = generate(model, tokenizer, *batch, config.sampling)
+        console.print(f"{name:>5}: {prompt}{decode(tokenizer, rollout.responses[0].tolist())}", markup=False)

@@ -1,0 +1,318 @@
+"""Stage 6: did alignment work, and is the text still text? Base, SFT and PPO on the same held-out prompts."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.config import Evaluate, Sampling
+from pipeline.data import prompt_batch, read_rows
+from pipeline.judges import (
+    Classifier,
+    Estimate,
+    TextStatistics,
+    Vader,
+    fit_classifier,
+    length_controlled_difference,
+    mean_ci,
+    paired_difference_ci,
+    share_ci,
+    text_statistics,
+    win_rate_ci,
+)
+from pipeline.models import frozen, load_language_model, load_reward_model, load_tokenizer, response_logprobs
+from pipeline.rollout import Rollout, generate
+from pipeline.run import StageRun, console, is_main, say
+from pipeline.scoring import reward_model_scores
+from pipeline.tensors import masked_sum
+from pipeline.trainers import decode, quiet
+
+LABELS = {"negative": 0, "positive": 1}
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What one policy wrote for the prompts, and what was measured on each response; arrays are (prompts,)."""
+
+    texts: list[str]
+    score: np.ndarray  # reward model, units of its scale, mean 0 on SFT samples
+    vader: np.ndarray  # compound, -1..1
+    classifier: np.ndarray  # P(positive)
+    kl: np.ndarray  # nats per response against SFT, k1 estimate
+    length: np.ndarray  # tokens, EOS included
+    has_eos: np.ndarray  # bool
+    base_nll: np.ndarray  # nats per response under the pretrained model
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of the responses under the pretrained model, per token."""
+        return math.exp(self.base_nll.sum() / self.length.sum())
+
+
+def train(config: Evaluate) -> Path:
+    """Writes evaluation.json, evaluation.md and samples, prints the table, and returns the `final` directory."""
+    quiet()
+    names = {"base": ("pretrain", config.base), "sft": ("sft", config.sft), "ppo": ("merge", config.policy)}
+    paths = {name: config.run.final(*place) for name, place in names.items()}
+    reward = config.run.final("reward", config.reward)
+    stage = StageRun("evaluate", config, {**paths, "reward": reward}, [config.prompts_file, config.judge_file])
+    if stage.is_finished():
+        show(json.loads((stage.final / "evaluation.json").read_text(encoding="utf-8")), stage.final, paths["ppo"])
+        return stage.final
+    with stage:
+        prompts = [row["prompt"] for row in read_rows(config.prompts_file, ["prompt"], config.prompts)]
+        classifier = judge(config.judge_file, config.run.seed)
+        measured = measure(prompts, paths, reward, classifier, config, stage)
+        report = compare(measured, prompts, classifier)
+        rows = [
+            {"prompt": prompt} | {f"{name}": measured[name].texts[i] for name in measured}
+            | {f"{name}_score": round(float(measured[name].score[i]), 3) for name in measured}
+            for i, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        stage.sample(rows)
+        final = stage.finish(partial(write, report, rows[: config.show]) if is_main() else lambda _: None, headline(report))
+    show(report, final, paths["ppo"])
+    return final
+
+
+def judge(file: str, seed: int) -> Classifier:
+    """The second judge, fitted to human labels that no training stage has seen."""
+    rows = read_rows(file, ["text", "label"])
+    groups = [row["key"] for row in rows] if all("key" in row for row in rows) else None
+    return fit_classifier([row["text"] for row in rows], [LABELS[row["label"]] for row in rows], seed, groups)
+
+
+def measure(
+    prompts: Sequence[str], paths: dict[str, Path], reward: Path, classifier: Classifier, config: Evaluate, stage: StageRun
+) -> dict[str, Responses]:
+    """One response per prompt from each policy, from the same noise, with every measurement."""
+    accelerator = Accelerator(mixed_precision="bf16" if config.run.precision == "bf16" else "no")
+    tokenizer = load_tokenizer(paths["sft"])
+    models = {name: frozen(load_language_model(path)).to(accelerator.device) for name, path in paths.items()}
+    reward_model = frozen(load_reward_model(reward)).to(accelerator.device)
+    vader = Vader()
+    measured = {}
+    for number, (name, model) in enumerate(models.items(), 1):
+        torch.manual_seed(config.run.seed)
+        parts: dict[str, list[torch.Tensor]] = {}
+        texts: list[str] = []
+        for start in range(0, len(prompts), config.batch_size):
+            batch = prompt_batch(tokenizer, prompts[start : start + config.batch_size], 10**9)
+            with accelerator.autocast(), torch.no_grad():
+                rollout = generate(model, tokenizer, *(x.to(accelerator.device) for x in batch), config.sampling)
+                numbers = token_measurements(rollout, model, models, reward_model, config.sampling, tokenizer)
+            texts += [decode(tokenizer, ids) for ids in rollout.responses.tolist()]
+            for key, value in numbers.items():
+                parts.setdefault(key, []).append(value)
+        arrays = {key: torch.cat(values).float().cpu().numpy() for key, values in parts.items()}
+        measured[name] = Responses(texts=texts, vader=vader(texts), classifier=classifier(texts), **arrays)
+        stage.progress(len(models), number, policy=name, score=f"{arrays['score'].mean():+.2f}")
+    return measured
+
+
+def token_measurements(
+    rollout: Rollout,
+    model: PreTrainedModel,
+    models: dict[str, PreTrainedModel],
+    reward_model: PreTrainedModel,
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, torch.Tensor]:
+    """Per response, (B,): score, KL to SFT, length, EOS, and negative log-likelihood under the base."""
+    mask = rollout.response_mask
+
+    def logprobs(of: PreTrainedModel, temperature: float) -> torch.Tensor:
+        ids = (rollout.input_ids, rollout.attention_mask, rollout.size)
+        return response_logprobs(of, *ids, temperature, tokenizer.pad_token_id)[0].masked_fill(~mask, 0).sum(1)
+
+    return {
+        "score": reward_model_scores(reward_model, rollout.input_ids, rollout.attention_mask),
+        "kl": logprobs(model, sampling.temperature) - logprobs(models["sft"], sampling.temperature),
+        "length": rollout.length,
+        "has_eos": rollout.has_eos,
+        "base_nll": -logprobs(models["base"], 1.0),
+    }
+
+
+def compare(measured: dict[str, Responses], prompts: Sequence[str], classifier: Classifier) -> dict[str, Any]:
+    """All figures of the page: each policy's, and PPO against SFT on the same prompts."""
+    sft, ppo = measured["sft"], measured["ppo"]
+    policies = {name: policy_report(responses, prompts) for name, responses in measured.items()}
+    differences = {
+        name: {
+            "difference": asdict(paired_difference_ci(getattr(ppo, name), getattr(sft, name))),
+            "win_rate": asdict(win_rate_ci(getattr(ppo, name), getattr(sft, name))),
+            "at_equal_length": asdict(
+                length_controlled_difference(getattr(ppo, name), getattr(sft, name), ppo.length, sft.length)
+            ),
+        }
+        for name in ("score", "vader", "classifier")
+    }
+    return {
+        "prompts": len(prompts),
+        "judge_accuracy": asdict(classifier.holdout_accuracy),
+        "policies": policies,
+        "ppo_against_sft": differences,
+        "health": health(policies["sft"], policies["ppo"]),
+    }
+
+
+def policy_report(responses: Responses, prompts: Sequence[str]) -> dict[str, Any]:
+    names = ("score", "vader", "classifier", "kl", "length")
+    return {
+        **{name: asdict(mean_ci(getattr(responses, name))) for name in names},
+        "eos_share": asdict(share_ci(responses.has_eos.astype(float))),
+        "perplexity_under_base": responses.perplexity,
+        "score_length_correlation": float(np.corrcoef(responses.score, responses.length)[0, 1]),
+        "text": asdict(text_statistics(responses.texts, prompts)),
+    }
+
+
+def health(sft: dict[str, Any], ppo: dict[str, Any]) -> list[dict[str, Any]]:
+    """What must hold for the text to be text still: each figure with its bounds and whether it is inside."""
+    before, after = sft["text"], ppo["text"]
+    word, share = after["commonest_content_words"][0]
+    rows = [
+        ("KL to SFT, nats per response", ppo["kl"]["value"], -math.inf, 10.0),
+        ("word repetition, over SFT's", after["word_repetition"] / before["word_repetition"], 0.0, 1.5),
+        (f"share of responses with the commonest content word ({word})", share, 0.0, 0.20),
+        ("distinct-4 across responses, over SFT's", after["distinct_4"] / before["distinct_4"], 0.8, math.inf),
+        ("exact duplicates", after["duplicate_share"], 0.0, 0.02),
+        ("perplexity under the base, over SFT's", ppo["perplexity_under_base"] / sft["perplexity_under_base"], 0.7, 1.3),
+    ]
+    return [{"name": n, "value": v, "low": low, "high": high, "healthy": low <= v <= high} for n, v, low, high in rows]
+
+
+def headline(report: dict[str, Any]) -> dict[str, float]:
+    """The figures that go into run.json and wandb."""
+    policies, differences = report["policies"], report["ppo_against_sft"]
+    metrics = {f"{policy}_{name}": policies[policy][name]["value"] for policy in policies for name in ("score", "vader", "classifier")}
+    metrics |= {f"{name}_difference": differences[name]["difference"]["value"] for name in differences}
+    return metrics | {"kl": policies["ppo"]["kl"]["value"], "healthy": float(all(row["healthy"] for row in report["health"]))}
+
+
+# the page
+
+
+def rows_of(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The comparison as rows of text: measure, base, SFT, PPO, PPO - SFT with its 95 % interval."""
+
+    def number(estimate: dict[str, float], form: str) -> str:
+        return format(estimate["value"], form)
+
+    def difference(name: str) -> str:
+        d = report["ppo_against_sft"][name]["difference"]
+        return f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+
+    policies = [report["policies"][name] for name in ("base", "sft", "ppo")]
+    titles = {"score": "reward", "vader": "judge 1: VADER compound", "classifier": "judge 2: P(positive)"}
+    rows = [
+        (title, *(number(p[name], "+.3f" if name != "classifier" else ".3f") for p in policies), difference(name))
+        for name, title in titles.items()
+    ]
+    for name, title in titles.items():
+        rate = report["ppo_against_sft"][name]["win_rate"]
+        rows.append((f"PPO beats SFT by {title.split(':')[0]}", "", "", f"{rate['value']:.3f}", f"[{rate['low']:.3f}, {rate['high']:.3f}]"))
+    rows += [
+        ("KL to SFT, nats per response", *(number(p["kl"], ".2f") for p in policies), ""),
+        ("length, tokens", *(number(p["length"], ".1f") for p in policies), ""),
+        ("ended by EOS", *(number(p["eos_share"], ".3f") for p in policies), ""),
+        ("perplexity under base", *(f"{p['perplexity_under_base']:.1f}" for p in policies), ""),
+    ]
+    texts = [p["text"] for p in policies]
+    names = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_4": "distinct-4"}
+    names |= {"word_repetition": "word repetition in a response", "duplicate_share": "exact duplicates"}
+    rows += [(title, *(f"{text[name]:.3f}" for text in texts), "") for name, title in names.items()]
+    commonest = [text["commonest_content_words"][0] for text in texts]
+    rows.append(("commonest content word, share", *(f"{word} {share:.3f}" for word, share in commonest), ""))
+    return rows
+
+
+HEADER = ("measure", "base", "SFT", "PPO", "PPO - SFT [95 % CI]")
+
+
+def show(report: dict[str, Any], final: Path, merged: Path) -> None:
+    """Prints the table, and where the page and the model are."""
+    if not is_main():
+        return
+    table = Table(*HEADER, title=f"{report['prompts']:,} held-out prompts")
+    for row in rows_of(report):
+        table.add_row(*row)
+    console.print(table)
+    for row in report["health"]:
+        say(f"{'ok  ' if row['healthy'] else 'FAIL'} {row['name']}: {row['value']:.3g}")
+    say(f"merged model     {merged}\nevaluation page  {final / 'evaluation.md'}")
+
+
+def write(report: dict[str, Any], samples: Sequence[dict[str, Any]], folder: Path) -> None:
+    """evaluation.json and evaluation.md."""
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "evaluation.md").write_text(page(report, samples), encoding="utf-8")
+
+
+def page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
+    """The evaluation as one Markdown page."""
+    accuracy = Estimate(**report["judge_accuracy"])
+    lines = [
+        "# Did alignment work?",
+        "",
+        f"One response per policy to each of {report['prompts']:,} held-out prompts, sampled at the training temperature. "
+        "Judge 1 is VADER's rule; judge 2 is a bag-of-words classifier fitted to human labels that no training stage saw "
+        f"(its accuracy on labels of its own held out: {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]). "
+        "Both read the response alone. Intervals are 95 %, paired over prompts.",
+        "",
+        *_markdown_table(HEADER, rows_of(report)),
+        "",
+        "## If length were equal",
+        "",
+        *_markdown_table(
+            ("measure", "PPO - SFT at equal length [95 % CI]"),
+            [
+                (name, f"{d['at_equal_length']['value']:+.3f} [{d['at_equal_length']['low']:+.3f}, {d['at_equal_length']['high']:+.3f}]")
+                for name, d in report["ppo_against_sft"].items()
+            ],
+        ),
+        "",
+        "## Is it text still?",
+        "",
+        *_markdown_table(
+            ("figure", "value", "bounds", ""),
+            [
+                (row["name"], f"{row['value']:.3g}", f"{row['low']:g} to {row['high']:g}", "ok" if row["healthy"] else "**outside**")
+                for row in report["health"]
+            ],
+        ),
+        "",
+        "Commonest content words (share of responses, the prompt's own words aside):",
+        "",
+        *(
+            f"- {name}: " + ", ".join(f"{word} {share:.3f}" for word, share in policy["text"]["commonest_content_words"])
+            for name, policy in report["policies"].items()
+        ),
+        "",
+        "## Samples",
+        "",
+        "The first prompts of the file, not chosen.",
+        "",
+    ]
+    for row in samples:
+        lines += [f"**{row['prompt']}** …", ""]
+        lines += [f"- {name} ({row[f'{name}_score']:+.2f}): {' '.join(row[name].split())}" for name in ("base", "sft", "ppo")]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(cells)} |"
+        for cells in [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    ]

@@ -1,0 +1,46 @@
+"""Stage 5: the policy with its adapter merged in, proved equal to the unmerged one before it is written."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.config import Merge, UserError
+from pipeline.data import prompt_batch, read_rows
+from pipeline.models import load_tokenizer, merge_adapter, save_policy, without_dropout
+from pipeline.run import StageRun, is_main, say
+from pipeline.tensors import position_ids
+from pipeline.trainers import quiet
+
+PROBES = 32
+TOLERANCE = 1e-5  # of the largest logit, fp32
+
+
+def train(config: Merge) -> Path:
+    """Writes the merged policy and returns its `final` directory: a plain `save_pretrained` one."""
+    quiet()
+    source = config.run.final("ppo", config.policy)
+    stage = StageRun("merge", config, {"policy": source}, [config.probe_file])
+    if stage.is_finished():
+        return stage.final
+    with stage:
+        tokenizer = load_tokenizer(source)
+        model = without_dropout(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False))
+        prompts = [row["prompt"] for row in read_rows(config.probe_file, ["prompt"], PROBES)]
+        before = probe(model.eval(), tokenizer, prompts)
+        after = probe(merge_adapter(model), tokenizer, prompts)
+        error = ((after - before).abs().max() / before.abs().max()).item()
+        if not error <= TOLERANCE:
+            raise UserError(f"{source}: merging changes the logits by {error:.2g} of the largest, more than {TOLERANCE:g}")
+        say(f"merge: merged and unmerged agree within {error:.1e} of the largest logit on {len(prompts)} prompts")
+        return stage.finish(
+            lambda folder: save_policy(model, tokenizer, folder) if is_main() else None, {"relative_error": error}
+        )
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Tensor:
+    """Logits of the prompts' real tokens, (tokens, V)."""
+    ids, mask = prompt_batch(tokenizer, prompts, 10**9)
+    return model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)).logits[mask]

@@ -1,0 +1,19 @@
+"""Talking to base, SFT and PPO side by side.
+
+    python stages/chat.py --config configs/imdb/chat.yaml
+    accelerate launch stages/chat.py --seed 1
+"""
+
+from pipeline.config import Chat, parse
+
+
+def main() -> None:
+    config = parse(Chat)  # before torch is imported: --help and a wrong dial answer at once
+    from pipeline import chat
+    from pipeline.run import stage_main
+
+    stage_main(chat.talk, config)
+
+
+if __name__ == "__main__":
+    main()
