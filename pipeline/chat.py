@@ -2,10 +2,10 @@
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Chat
-from pipeline.data import prompt_batch
-from pipeline.models import frozen, load_language_model, load_tokenizer
+from pipeline.models import Policy, frozen, load_language_model, load_tokenizer
 from pipeline.rollout import generate
 from pipeline.run import console, read_done
 from pipeline.trainers import decode, quiet
@@ -18,7 +18,9 @@ def talk(config: Chat) -> None:
     for path in paths.values():
         read_done(path)
     tokenizer = load_tokenizer(paths["sft"])
-    models = {name: frozen(load_language_model(path)).to(PartialState().device) for name, path in paths.items()}
+    models: dict[str, Policy] = {
+        name: frozen(load_language_model(path)).to(PartialState().device) for name, path in paths.items()
+    }
     if config.prompt:
         answer(config, config.prompt, models, tokenizer)
         return
@@ -27,10 +29,9 @@ def talk(config: Chat) -> None:
         answer(config, prompt, models, tokenizer)
 
 
-def answer(config: Chat, prompt: str, models: dict, tokenizer) -> None:
+def answer(config: Chat, prompt: str, models: dict[str, Policy], tokenizer: PreTrainedTokenizerBase) -> None:
     """Prints each policy's continuation of the prompt."""
     for name, model in models.items():
         torch.manual_seed(config.run.seed)
-        batch = (x.to(model.device) for x in prompt_batch(tokenizer, [prompt], 10**9))
-        rollout = generate(model, tokenizer, *batch, config.sampling)
+        rollout = generate(model, tokenizer, [prompt], config.sampling)
         console.print(f"{name:>5}: {prompt}{decode(tokenizer, rollout.responses[0].tolist())}", markup=False)

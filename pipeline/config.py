@@ -1,9 +1,9 @@
 """Every dial of every stage, and `parse`: the YAML file first, then the command line, both type-checked.
 
-A dial exists once, as a field of a frozen dataclass made with `dial(...)`: its default, its type, its range, its help with
-unit and source. Dataclasses are composed by concern (`Run`, `Optim`, `Adapter`, `Sampling`); on the command line and in YAML their
-fields are flat (`--seed 1`, `seed: 1`), so a name may occur only once in a stage. This module imports no deep-learning
-library: `--help` answers at once.
+A dial exists once, as a field of a frozen dataclass made with `dial(...)`: its default, its type, its range, its help
+with unit and source. Dataclasses are composed by concern (`Run`, `Optim`, `Adapter`, `Sampling`); on the command line
+and in YAML their fields are flat (`--seed 1`, `seed: 1`), so a name may occur only once in a stage. This module imports
+no deep-learning library: `--help` answers at once.
 """
 
 import argparse
@@ -28,13 +28,21 @@ class ConfigError(UserError):
 
 
 def dial(
-    default: Any, help: str, *, choices: tuple = (), low: float | None = None, high: float | None = None, place: bool = False
+    default: Any,
+    help: str,
+    *,
+    choices: tuple = (),
+    low: float | None = None,
+    high: float | None = None,
+    place: bool = False,
 ) -> Any:
     """A dataclass field with its help text, closed set of values or inclusive range.
 
     `place` marks a dial that says where something lies, not what it is: a stage is told apart by its inputs' content.
     """
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, place=place))
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, choices=choices, low=low, high=high, place=place)
+    )
 
 
 def exact(total: int, parts: int, what: str) -> int:
@@ -50,7 +58,9 @@ class Run:
     runs: str = dial("runs", "folder that holds <recipe>/<stage>/", place=True)
     seed: int = dial(0, "seed of initialisation, data order and sampling", low=0)
     precision: str = dial("bf16", "arithmetic of forward and backward; weights stay fp32", choices=("fp32", "bf16"))
-    report_to: str = dial("wandb", "wandb (offline by itself without a key) or none", choices=("wandb", "none"), place=True)
+    report_to: str = dial(
+        "wandb", "wandb (offline by itself without a key) or none", choices=("wandb", "none"), place=True
+    )
 
     def folder(self, stage: str) -> Path:
         return Path(self.runs) / self.recipe / stage
@@ -85,7 +95,9 @@ class Adapter:
     lora_rank: int = dial(16, "rank of the LoRA update", low=1)
     lora_alpha: float = dial(32.0, "LoRA scale: the update is alpha/rank * BA (rsLoRA: alpha/sqrt(rank))", low=0)
     rslora: bool = dial(False, "rank-stabilised scale")
-    adapter_targets: str = dial("", "comma-separated module names; empty: every linear layer but the head (IA3: PEFT's)")
+    adapter_targets: str = dial(
+        "", "comma-separated module names; empty: every linear layer but the head (IA3: PEFT's)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +105,7 @@ class Sampling:
     """Pure sampling: what is sampled is exactly what is scored, so there is no top-k, top-p or penalty to set."""
 
     max_new_tokens: int = dial(40, "longest response, in tokens, EOS included", low=1)
+    max_prompt_tokens: int = dial(64, "longest prompt, in tokens; a longer one keeps its end", low=1)
     temperature: float = dial(1.0, "divides the logits in sampling and in every scoring forward", low=1e-3)
 
 
@@ -141,10 +154,14 @@ class Reward:
     optim: Optim = Optim(learning_rate=5e-4, batch_size=64, micro_batch=64)
     base: str = dial("", "model to start from; empty: this recipe's pretrain/final", place=True)
     sft: str = dial("", "policy whose samples are given mean score 0; empty: this recipe's sft/final", place=True)
-    train_file: str = dial("data/imdb/reward/train.jsonl", "rows with `chosen`, `rejected`, optional `prompt`, `margin`", place=True)
+    train_file: str = dial(
+        "data/imdb/reward/train.jsonl", "rows with `chosen`, `rejected`, optional `prompt`, `margin`", place=True
+    )
     validation_file: str = dial("data/imdb/reward/validation.jsonl", "rows as in train_file", place=True)
     test_file: str = dial("data/imdb/reward/test.jsonl", "rows as in train_file; read once, at the end", place=True)
-    prompts_file: str = dial("data/imdb/ppo/validation.jsonl", "rows with `prompt`, for the samples of mean score 0", place=True)
+    prompts_file: str = dial(
+        "data/imdb/ppo/validation.jsonl", "rows with `prompt`, for the samples of mean score 0", place=True
+    )
     train_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     validation_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     centre_prompts: int = dial(512, "prompts sampled to centre the score", low=1)
@@ -161,7 +178,6 @@ class PPO:
     reward: str = dial("", "reward model; empty: this recipe's reward/final", place=True)
     train_file: str = dial("data/imdb/ppo/train.jsonl", "rows with `prompt`", place=True)
     validation_file: str = dial("data/imdb/ppo/validation.jsonl", "rows with `prompt`", place=True)
-    max_prompt_tokens: int = dial(32, "longest prompt; longer ones keep their end", low=1)
     rollouts: int = dial(60, "rollouts: sample, score, then update", low=1)
     rollout_batch: int = dial(128, "responses per rollout, over all processes", low=1)
     epochs: int = dial(4, "passes over each rollout (Schulman et al., arXiv 1707.06347)", low=1)
@@ -169,9 +185,13 @@ class PPO:
     micro_batch: int = dial(64, "sequences per forward on one process", low=1)
     learning_rate: float = dial(1e-3, "policy's learning rate, falling linearly to zero", low=0)
     critic_learning_rate: float = dial(5e-4, "critic's learning rate, falling linearly to zero", low=0)
-    adam_eps: float = dial(1e-5, "Adam's epsilon (Huang et al. 2023, The N implementation details of RLHF with PPO)", low=0)
+    adam_eps: float = dial(
+        1e-5, "Adam's epsilon (Huang et al. 2023, The N implementation details of RLHF with PPO)", low=0
+    )
     max_grad_norm: float = dial(1.0, "global gradient norm above which gradients are scaled down", low=0)
-    kl_coef: float = dial(0.1, "beta: reward units per nat of KL to the reference (Ziegler et al., arXiv 1909.08593)", low=0)
+    kl_coef: float = dial(
+        0.1, "beta: reward units per nat of KL to the reference (Ziegler et al., arXiv 1909.08593)", low=0
+    )
     gamma: float = dial(1.0, "discount per token", low=0, high=1)
     lam: float = dial(0.95, "lambda of GAE (Schulman et al., arXiv 1506.02438)", low=0, high=1)
     clip: float = dial(0.2, "epsilon of the clipped ratio", low=0)
@@ -204,7 +224,9 @@ class PPO:
 class Merge:
     run: Run = Run()
     policy: str = dial("", "policy to merge; empty: this recipe's ppo/final", place=True)
-    probe_file: str = dial("data/imdb/ppo/validation.jsonl", "rows with `prompt`: merged and unmerged must agree on them", place=True)
+    probe_file: str = dial(
+        "data/imdb/ppo/validation.jsonl", "rows with `prompt`: merged and unmerged must agree on them", place=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +238,9 @@ class Evaluate:
     policy: str = dial("", "policy after PPO; empty: this recipe's merge/final", place=True)
     reward: str = dial("", "reward model; empty: this recipe's reward/final", place=True)
     prompts_file: str = dial("data/imdb/ppo/test.jsonl", "held-out rows with `prompt`", place=True)
-    judge_file: str = dial("data/imdb/judge/train.jsonl", "rows with `text`, `label` that no stage has seen", place=True)
+    judge_file: str = dial(
+        "data/imdb/judge/train.jsonl", "rows with `text`, `label` that no stage has seen", place=True
+    )
     prompts: int = dial(1000, "how many prompts", low=2)
     batch_size: int = dial(128, "sequences per forward", low=1)
     show: int = dial(20, "samples shown side by side", low=1)
@@ -254,7 +278,9 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     stage = kind.__name__.lower()
     argv = list(sys.argv[1:] if argv is None else argv)
     defaults = kind()
-    parser = _Parser(prog=f"stages/{stage}.py", description=f"The {stage} stage.", formatter_class=_Help, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"stages/{stage}.py", description=f"The {stage} stage.", formatter_class=_Help, allow_abbrev=False
+    )
     parser.add_argument("--config", metavar="FILE", help=f"YAML of dials (default: configs/imdb/{stage}.yaml)")
     for owner, field, hint in _dials(defaults):
         default = getattr(owner, field.name)
@@ -263,7 +289,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
             help=f"{field.metadata['help']} (default: {_text(default) or 'empty'})".replace("%", "%%"),
         )  # fmt: skip
     file = Path(_config_file(argv) or f"configs/imdb/{stage}.yaml")
-    given = parser.parse_args([*_yaml_tokens(file, parser), *argv])
+    given = parser.parse_args(_yaml_tokens(file, parser) + argv)
     try:
         config = _rebuild(defaults, vars(given))
         if hasattr(config, "check"):

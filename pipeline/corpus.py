@@ -309,13 +309,13 @@ def reward_rows(texts: list[Text], limit: int | None, name: str) -> list[Row]:
 
 
 def judge_rows(texts: list[Text]) -> list[Row]:
-    """Returns {"text", "label"} rows: reviews and their spans, rt sentences, and sentences rated beyond -1..1."""
+    """Returns {"text", "label", "key" of its source} rows: reviews, their spans, rt, sentences rated beyond -1..1."""
     found: list[Row] = []
     for text in texts:
         if abs(text.rating) >= 1:
             cut = spans(sentences(text.text), 10, 45) if text.source == "imdb" else []
             label = "positive" if text.rating > 0 else "negative"
-            found += [{"text": piece, "label": label} for piece in [text.text, *cut]]
+            found += [{"text": piece, "label": label, "key": text.key} for piece in [text.text, *cut]]
     return shuffled(unique(found, "text", set()), "judge")
 
 

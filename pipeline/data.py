@@ -79,7 +79,7 @@ def language_rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> D
 
 
 def completion_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], max_tokens: int) -> tuple[Dataset, int]:
-    """`input_ids` and `labels` (IGNORED on the prompt) of prompt + completion + EOS, and how many rows were too long."""
+    """`input_ids` and `labels` (IGNORED on the prompt) of prompt + completion + EOS; how many rows were too long."""
     kept, dropped = [], 0
     for row in rows:
         prompt, completion = prompt_ids(tokenizer, row["prompt"]), completion_ids(tokenizer, row["completion"])

@@ -15,11 +15,10 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Evaluate, Sampling
-from pipeline.data import prompt_batch, read_rows
+from pipeline.data import read_rows
 from pipeline.judges import (
     Classifier,
     Estimate,
-    TextStatistics,
     Vader,
     fit_classifier,
     length_controlled_difference,
@@ -33,7 +32,6 @@ from pipeline.models import frozen, load_language_model, load_reward_model, load
 from pipeline.rollout import Rollout, generate
 from pipeline.run import StageRun, console, is_main, say
 from pipeline.scoring import reward_model_scores
-from pipeline.tensors import masked_sum
 from pipeline.trainers import decode, quiet
 
 LABELS = {"negative": 0, "positive": 1}
@@ -50,12 +48,12 @@ class Responses:
     kl: np.ndarray  # nats per response against SFT, k1 estimate
     length: np.ndarray  # tokens, EOS included
     has_eos: np.ndarray  # bool
-    base_nll: np.ndarray  # nats per response under the pretrained model
+    base_nll: np.ndarray  # nats per response under the pretrained model, EOS aside
 
     @property
     def perplexity(self) -> float:
-        """Perplexity of the responses under the pretrained model, per token."""
-        return math.exp(self.base_nll.sum() / self.length.sum())
+        """Perplexity per token of the text under the pretrained model, which knows EOS only as a review's end."""
+        return math.exp(self.base_nll.sum() / (self.length - self.has_eos).sum())
 
 
 def train(config: Evaluate) -> Path:
@@ -79,7 +77,9 @@ def train(config: Evaluate) -> Path:
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip
         stage.sample(rows)
-        final = stage.finish(partial(write, report, rows[: config.show]) if is_main() else lambda _: None, headline(report))
+        final = stage.finish(
+            partial(write, report, rows[: config.show]) if is_main() else lambda _: None, headline(report)
+        )
     show(report, final, paths["ppo"])
     return final
 
@@ -92,7 +92,12 @@ def judge(file: str, seed: int) -> Classifier:
 
 
 def measure(
-    prompts: Sequence[str], paths: dict[str, Path], reward: Path, classifier: Classifier, config: Evaluate, stage: StageRun
+    prompts: Sequence[str],
+    paths: dict[str, Path],
+    reward: Path,
+    classifier: Classifier,
+    config: Evaluate,
+    stage: StageRun,
 ) -> dict[str, Responses]:
     """One response per prompt from each policy, from the same noise, with every measurement."""
     accelerator = Accelerator(mixed_precision="bf16" if config.run.precision == "bf16" else "no")
@@ -106,9 +111,9 @@ def measure(
         parts: dict[str, list[torch.Tensor]] = {}
         texts: list[str] = []
         for start in range(0, len(prompts), config.batch_size):
-            batch = prompt_batch(tokenizer, prompts[start : start + config.batch_size], 10**9)
+            part = prompts[start : start + config.batch_size]
             with accelerator.autocast(), torch.no_grad():
-                rollout = generate(model, tokenizer, *(x.to(accelerator.device) for x in batch), config.sampling)
+                rollout = generate(model, tokenizer, part, config.sampling)
                 numbers = token_measurements(rollout, model, models, reward_model, config.sampling, tokenizer)
             texts += [decode(tokenizer, ids) for ids in rollout.responses.tolist()]
             for key, value in numbers.items():
@@ -130,16 +135,16 @@ def token_measurements(
     """Per response, (B,): score, KL to SFT, length, EOS, and negative log-likelihood under the base."""
     mask = rollout.response_mask
 
-    def logprobs(of: PreTrainedModel, temperature: float) -> torch.Tensor:
+    def logprobs(of: PreTrainedModel, temperature: float, mask: torch.Tensor) -> torch.Tensor:
         ids = (rollout.input_ids, rollout.attention_mask, rollout.size)
         return response_logprobs(of, *ids, temperature, tokenizer.pad_token_id)[0].masked_fill(~mask, 0).sum(1)
 
     return {
         "score": reward_model_scores(reward_model, rollout.input_ids, rollout.attention_mask),
-        "kl": logprobs(model, sampling.temperature) - logprobs(models["sft"], sampling.temperature),
+        "kl": logprobs(model, sampling.temperature, mask) - logprobs(models["sft"], sampling.temperature, mask),
         "length": rollout.length,
         "has_eos": rollout.has_eos,
-        "base_nll": -logprobs(models["base"], 1.0),
+        "base_nll": -logprobs(models["base"], 1.0, mask & (rollout.responses != tokenizer.eos_token_id)),
     }
 
 
@@ -187,7 +192,12 @@ def health(sft: dict[str, Any], ppo: dict[str, Any]) -> list[dict[str, Any]]:
         (f"share of responses with the commonest content word ({word})", share, 0.0, 0.20),
         ("distinct-4 across responses, over SFT's", after["distinct_4"] / before["distinct_4"], 0.8, math.inf),
         ("exact duplicates", after["duplicate_share"], 0.0, 0.02),
-        ("perplexity under the base, over SFT's", ppo["perplexity_under_base"] / sft["perplexity_under_base"], 0.7, 1.3),
+        (
+            "perplexity under the base, over SFT's",
+            ppo["perplexity_under_base"] / sft["perplexity_under_base"],
+            0.7,
+            1.3,
+        ),
     ]
     return [{"name": n, "value": v, "low": low, "high": high, "healthy": low <= v <= high} for n, v, low, high in rows]
 
@@ -195,12 +205,23 @@ def health(sft: dict[str, Any], ppo: dict[str, Any]) -> list[dict[str, Any]]:
 def headline(report: dict[str, Any]) -> dict[str, float]:
     """The figures that go into run.json and wandb."""
     policies, differences = report["policies"], report["ppo_against_sft"]
-    metrics = {f"{policy}_{name}": policies[policy][name]["value"] for policy in policies for name in ("score", "vader", "classifier")}
+    metrics = {
+        f"{policy}_{name}": policies[policy][name]["value"]
+        for policy in policies
+        for name in ("score", "vader", "classifier")
+    }
     metrics |= {f"{name}_difference": differences[name]["difference"]["value"] for name in differences}
-    return metrics | {"kl": policies["ppo"]["kl"]["value"], "healthy": float(all(row["healthy"] for row in report["health"]))}
+    return metrics | {
+        "kl": policies["ppo"]["kl"]["value"],
+        "healthy": float(all(row["healthy"] for row in report["health"])),
+    }
 
 
 # the page
+
+
+def interval(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
 
 
 def rows_of(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -210,8 +231,7 @@ def rows_of(report: dict[str, Any]) -> list[tuple[str, ...]]:
         return format(estimate["value"], form)
 
     def difference(name: str) -> str:
-        d = report["ppo_against_sft"][name]["difference"]
-        return f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+        return interval(report["ppo_against_sft"][name]["difference"])
 
     policies = [report["policies"][name] for name in ("base", "sft", "ppo")]
     titles = {"score": "reward", "vader": "judge 1: VADER compound", "classifier": "judge 2: P(positive)"}
@@ -221,7 +241,15 @@ def rows_of(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
     for name, title in titles.items():
         rate = report["ppo_against_sft"][name]["win_rate"]
-        rows.append((f"PPO beats SFT by {title.split(':')[0]}", "", "", f"{rate['value']:.3f}", f"[{rate['low']:.3f}, {rate['high']:.3f}]"))
+        rows.append(
+            (
+                f"PPO beats SFT by {title.split(':')[0]}",
+                "",
+                "",
+                f"{rate['value']:.3f}",
+                f"[{rate['low']:.3f}, {rate['high']:.3f}]",
+            )
+        )
     rows += [
         ("KL to SFT, nats per response", *(number(p["kl"], ".2f") for p in policies), ""),
         ("length, tokens", *(number(p["length"], ".1f") for p in policies), ""),
@@ -265,9 +293,10 @@ def page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Did alignment work?",
         "",
-        f"One response per policy to each of {report['prompts']:,} held-out prompts, sampled at the training temperature. "
-        "Judge 1 is VADER's rule; judge 2 is a bag-of-words classifier fitted to human labels that no training stage saw "
-        f"(its accuracy on labels of its own held out: {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]). "
+        f"One response per policy to each of {report['prompts']:,} held-out prompts, sampled at the training "
+        "temperature. Judge 1 is VADER's rule; judge 2 is a bag-of-words classifier fitted to human labels that no "
+        "training stage saw (its accuracy on labels held out from it in turn: "
+        f"{accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]). "
         "Both read the response alone. Intervals are 95 %, paired over prompts.",
         "",
         *_markdown_table(HEADER, rows_of(report)),
@@ -276,10 +305,7 @@ def page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
         "",
         *_markdown_table(
             ("measure", "PPO - SFT at equal length [95 % CI]"),
-            [
-                (name, f"{d['at_equal_length']['value']:+.3f} [{d['at_equal_length']['low']:+.3f}, {d['at_equal_length']['high']:+.3f}]")
-                for name, d in report["ppo_against_sft"].items()
-            ],
+            [(name, interval(d["at_equal_length"])) for name, d in report["ppo_against_sft"].items()],
         ),
         "",
         "## Is it text still?",
@@ -287,7 +313,12 @@ def page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
         *_markdown_table(
             ("figure", "value", "bounds", ""),
             [
-                (row["name"], f"{row['value']:.3g}", f"{row['low']:g} to {row['high']:g}", "ok" if row["healthy"] else "**outside**")
+                (
+                    row["name"],
+                    f"{row['value']:.3g}",
+                    f"{row['low']:g} to {row['high']:g}",
+                    "ok" if row["healthy"] else "**outside**",
+                )
                 for row in report["health"]
             ],
         ),
@@ -295,7 +326,8 @@ def page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
         "Commonest content words (share of responses, the prompt's own words aside):",
         "",
         *(
-            f"- {name}: " + ", ".join(f"{word} {share:.3f}" for word, share in policy["text"]["commonest_content_words"])
+            f"- {name}: "
+            + ", ".join(f"{word} {share:.3f}" for word, share in policy["text"]["commonest_content_words"])
             for name, policy in report["policies"].items()
         ),
         "",
@@ -306,7 +338,9 @@ def page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
     ]
     for row in samples:
         lines += [f"**{row['prompt']}** …", ""]
-        lines += [f"- {name} ({row[f'{name}_score']:+.2f}): {' '.join(row[name].split())}" for name in ("base", "sft", "ppo")]
+        lines += [
+            f"- {name} ({row[f'{name}_score']:+.2f}): {' '.join(row[name].split())}" for name in ("base", "sft", "ppo")
+        ]
         lines.append("")
     return "\n".join(lines)
 

@@ -26,13 +26,17 @@ def train(config: Merge) -> Path:
         return stage.final
     with stage:
         tokenizer = load_tokenizer(source)
-        model = without_dropout(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False))
+        model = without_dropout(
+            AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+        )
         prompts = [row["prompt"] for row in read_rows(config.probe_file, ["prompt"], PROBES)]
         before = probe(model.eval(), tokenizer, prompts)
         after = probe(merge_adapter(model), tokenizer, prompts)
         error = ((after - before).abs().max() / before.abs().max()).item()
         if not error <= TOLERANCE:
-            raise UserError(f"{source}: merging changes the logits by {error:.2g} of the largest, more than {TOLERANCE:g}")
+            raise UserError(
+                f"{source}: merging changes the logits by {error:.2g} of the largest, more than {TOLERANCE:g}"
+            )
         say(f"merge: merged and unmerged agree within {error:.1e} of the largest logit on {len(prompts)} prompts")
         return stage.finish(
             lambda folder: save_policy(model, tokenizer, folder) if is_main() else None, {"relative_error": error}

@@ -1,8 +1,8 @@
 """Models and tokenizers: made, loaded with their heads, given adapters, saved so that any directory loads anywhere.
 
-A reward model and a critic are one kind of thing: transformers' sequence classifier with one label, whose head is read at
-the last token (score) or before every response token (values). The constant that gives the SFT policy mean score 0 is
-`config.score_shift`; scoring subtracts it and a critic made from the reward model starts from it, so that before
+A reward model and a critic are one kind of thing: transformers' sequence classifier with one label, whose head is read
+at the last token (score) or before every response token (values). The constant that gives the SFT policy mean score 0
+is `config.score_shift`; scoring subtracts it and a critic made from the reward model starts from it, so that before
 training the critic predicts just what the reward model would pay.
 """
 
@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
@@ -34,6 +34,9 @@ from pipeline.config import Adapter, Pretrain, UserError
 from pipeline.tensors import logits_without, logprobs_and_entropy, position_ids
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+
+Policy = PreTrainedModel | PeftModel
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class ModelError(UserError):
@@ -127,13 +130,13 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+def without_dropout(model: Model) -> Model:
     """The model with every dropout at 0: a log-probability must be the same number whenever it is computed."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(vars(module).get("attention_dropout"), float):
-            module.attention_dropout = 0.0  # attention modules apply this attribute themselves
+            vars(module)["attention_dropout"] = 0.0  # attention modules apply this attribute themselves
     return model
 
 
@@ -144,7 +147,7 @@ def with_adapter(model: PreTrainedModel, dials: Adapter) -> PeftModel:
         config: Any = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=dials.lora_rank,
-            lora_alpha=dials.lora_alpha,
+            lora_alpha=dials.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: any number will do
             use_rslora=dials.rslora,
             target_modules=targets or "all-linear",
         )
@@ -156,7 +159,7 @@ def with_adapter(model: PreTrainedModel, dials: Adapter) -> PeftModel:
 
 
 @contextlib.contextmanager
-def reference_role(policy: nn.Module) -> Iterator[None]:
+def reference_role(policy: Policy) -> Iterator[None]:
     """Within it an adapter policy is its own frozen reference: the adapter layers pass their base through, bit for bit.
 
     Only what the layers read changes. PEFT's `disable_adapter` would also toggle `requires_grad`, which must never
@@ -172,9 +175,17 @@ def reference_role(policy: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def frozen(model: nn.Module) -> nn.Module:
+def base_of(policy: Policy) -> PreTrainedModel:
+    """The transformers model inside a policy; under an adapter its linear layers are the adapter's."""
+    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def frozen(model: Model) -> Model:
     """The model in eval mode, none of its parameters trainable."""
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -205,6 +216,13 @@ def load_reward_model(path: str | Path) -> PreTrainedModel:
     return without_dropout(model)
 
 
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """Weight (1, d) of the score head."""
+    weight = model.get_submodule("score").weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def head_outputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, shift: Tensor | float) -> Tensor:
     """The head's output minus shift at every position, (B, S) fp32; input_ids (B, S), attention_mask (B, S) boolean."""
     hidden = model.base_model(
@@ -214,11 +232,11 @@ def head_outputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         use_cache=False,
     ).last_hidden_state
     with torch.autocast(hidden.device.type, enabled=False):
-        return nn.functional.linear(hidden.float(), model.score.weight.float()).squeeze(-1) - shift
+        return nn.functional.linear(hidden.float(), head_weight(model).float()).squeeze(-1) - shift
 
 
 class Critic(nn.Module):
-    """State values of a backbone of its own, started from the reward model (Ouyang et al., arXiv 2203.02155, appendix C.4).
+    """State values of a backbone of its own, started from the reward model (Ouyang et al., arXiv 2203.02155, C.4).
 
     `shift` starts as the reward model's and is trained: the value head's bias, negated.
     """
@@ -240,7 +258,7 @@ class Critic(nn.Module):
 class ActorCritic(nn.Module):
     """All that PPO trains, as one module: policy and critic, one forward, one optimiser."""
 
-    def __init__(self, policy: nn.Module, critic: Critic, temperature: float, pad_id: int) -> None:
+    def __init__(self, policy: Policy, critic: Critic, temperature: float, pad_id: int) -> None:
         super().__init__()
         self.policy, self.critic = policy, critic
         self.temperature, self.pad_id = temperature, pad_id
@@ -257,7 +275,7 @@ class ActorCritic(nn.Module):
 
 
 def response_logprobs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, size: int, temperature: float, pad_id: int
+    model: Policy, input_ids: Tensor, attention_mask: Tensor, size: int, temperature: float, pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (B, T), in nats, of the last T = size tokens at the sampling temperature.
 
@@ -276,21 +294,21 @@ def response_logprobs(
 # saving
 
 
-def save_policy(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A directory that `AutoModelForCausalLM.from_pretrained` loads from anywhere, tokenizer and generation config included.
+def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads from anywhere, tokenizer included.
 
     With an adapter the directory holds the base it was trained on as well: an adapter alone names its base by a path,
     which is wrong as soon as the directory moves.
     """
     if isinstance(policy, PeftModel):
-        base = policy.get_base_model()
-        weights = {
+        base = base_of(policy)
+        weights: dict[str, Tensor] | None = {
             name.replace(".base_layer.", "."): weight
             for name, weight in base.state_dict().items()
             if not any(part.startswith(("lora_", "ia3_")) for part in name.split("."))
         }
         policy.peft_config["default"].base_model_name_or_path = None
-        policy.save_pretrained(folder)
+        policy.save_pretrained(str(folder))
         (folder / "README.md").unlink()  # a model card with empty headings
     else:
         base, weights = policy, None
@@ -300,7 +318,7 @@ def save_policy(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def sampling_config(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> GenerationConfig:
-    """Pure sampling: no truncation of the distribution (transformers' unset top_k means 50), and never a padding token."""
+    """Pure sampling: nothing truncates the distribution (an unset top_k means 50), and padding is never sampled."""
     return GenerationConfig(
         do_sample=True,
         top_k=0,

@@ -1,7 +1,7 @@
 """Stage 4: PPO (Schulman et al., arXiv 1707.06347) on a language model, against a reward model and a frozen reference.
 
     for each rollout:
-        collect          prompts -> responses sampled from the policy
+        generate         prompts -> responses sampled from the policy
         to_experience    old log-probabilities, values, k1 KL, token rewards, GAE, whitening: once, without gradient
         update           epochs x minibatches of   L = L_policy + value_coef * L_value - entropy_coef * H
 
@@ -26,11 +26,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.advantages import explained_variance, kl_k3
 from pipeline.config import PPO
-from pipeline.data import prompt_batch, read_rows
+from pipeline.data import read_rows
 from pipeline.losses import policy_loss, value_loss
 from pipeline.models import (
     ActorCritic,
     Critic,
+    Policy,
+    base_of,
     frozen,
     load_language_model,
     load_reward_model,
@@ -43,7 +45,7 @@ from pipeline.models import (
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, to_experience
 from pipeline.run import StageRun, say
 from pipeline.scoring import reward_model_scores
-from pipeline.tensors import Reduce, masked_mean, masked_sum
+from pipeline.tensors import masked_mean, masked_sum
 from pipeline.trainers import decode, quiet
 
 
@@ -58,9 +60,9 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
         accelerator = Accelerator(mixed_precision="bf16" if config.run.precision == "bf16" else "no")
         set_seed(config.run.seed)  # the same weights on every process
         tokenizer = load_tokenizer(sft)
-        policy: nn.Module = load_language_model(sft)
+        policy: Policy = load_language_model(sft)
         if config.adapter.adapter != "none":
-            policy = with_adapter(policy, config.adapter)
+            policy = with_adapter(base_of(policy), config.adapter)
         reward_model = frozen(load_reward_model(reward)).to(accelerator.device)
         actor_critic = ActorCritic(policy, Critic(reward_model), config.sampling.temperature, tokenizer.pad_token_id)
         reference = make_reference(actor_critic, sft, accelerator)
@@ -76,7 +78,9 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
             to_experience, actor_critic=prepared, reference=reference, score=score, config=config,
             reduce=partial(accelerator.reduce, reduction="sum"),
         )  # fmt: skip
-        evaluate = partial(evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, config, accelerator)
+        evaluate = partial(
+            evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, config, accelerator
+        )
 
         summary: dict[str, Any] = {}
         for step in range(config.rollouts):
@@ -85,11 +89,13 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
             started = time.monotonic()
             mine = next(batches)[accelerator.process_index :: accelerator.num_processes]
             with accelerator.autocast():
-                rollout = collect([prompts[row] for row in mine], actor_critic.policy, tokenizer, config, accelerator)
+                rollout = generate(actor_critic.policy, tokenizer, [prompts[row] for row in mine], config.sampling)
                 sampled = time.monotonic()
                 experience = experience_of(rollout)
             check_first_rollout(step, experience, accelerator)
-            metrics = update(prepared, optimizer, experience, config, accelerator, trains_policy=step >= config.critic_warmup)
+            metrics = update(
+                prepared, optimizer, experience, config, accelerator, trains_policy=step >= config.critic_warmup
+            )
             metrics |= rollout_metrics(experience, accelerator, config)
             metrics |= {
                 "learning_rate": optimizer.param_groups[0]["lr"],
@@ -107,11 +113,13 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
         summary = evaluation(stage, config.rollouts, *evaluate())
         say(f"ppo: validation score {summary['eval_score']:+.2f}, KL {summary['eval_kl']:.2f} nats per response")
         trained = accelerator.unwrap_model(prepared)
-        return stage.finish(partial(save, trained, tokenizer) if accelerator.is_main_process else lambda _: None, summary)
+        return stage.finish(
+            partial(save, trained, tokenizer) if accelerator.is_main_process else lambda _: None, summary
+        )
 
 
 def make_reference(actor_critic: ActorCritic, sft: Path, accelerator: Accelerator) -> Forward:
-    """Log-probabilities of the frozen SFT policy: the adapter policy with its adapter passed through, else a frozen copy."""
+    """Log-probabilities of the frozen SFT policy: the adapter policy without its adapter, else a frozen copy."""
     temperature, pad_id = actor_critic.temperature, actor_critic.pad_id
     if isinstance(actor_critic.policy, PeftModel):
 
@@ -127,7 +135,7 @@ def make_reference(actor_critic: ActorCritic, sft: Path, accelerator: Accelerato
 def make_optimizer(
     actor_critic: ActorCritic, config: PPO
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam over policy and critic, each with its learning rate, all falling linearly and reaching zero after the end."""
+    """Adam over policy and critic, each with its learning rate, falling linearly to zero just after the last."""
     groups = [
         {"params": [p for p in part.parameters() if p.requires_grad], "lr": rate}
         for part, rate in (
@@ -140,21 +148,13 @@ def make_optimizer(
 
 
 def prompt_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Batches of row numbers, the same on every process: each pass over the rows in a new order, no row twice in a batch."""
+    """Batches of row numbers, the same on every process: each pass in a new order, no row twice in a batch."""
     if size > count:
         raise ValueError(f"rollout_batch is {size}, but there are {count} prompts; lower it or give more prompts")
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator).tolist()
         yield from (order[start : start + size] for start in range(0, count - size + 1, size))
-
-
-def collect(
-    prompts: list[str], policy: nn.Module, tokenizer: PreTrainedTokenizerBase, config: PPO, accelerator: Accelerator
-) -> Rollout:
-    """One sampled response for each prompt."""
-    ids, mask = prompt_batch(tokenizer, prompts, config.max_prompt_tokens)
-    return generate(policy, tokenizer, ids.to(accelerator.device), mask.to(accelerator.device), config.sampling)
 
 
 def update(
@@ -232,8 +232,8 @@ def check_first_rollout(step: int, experience: Experience, accelerator: Accelera
         largest = accelerator.gather(experience.kl.abs().max()).max().item()
         if largest > 1e-4:
             raise RuntimeError(
-                f"ppo: before training the policy differs from its reference by {largest:.2g} nats on a token, expected 0: "
-                "the two are not computed by the same forward"
+                f"ppo: before training the policy differs from its reference by {largest:.2g} nats on a token, "
+                "expected 0: the two are not computed by the same forward"
             )
 
 
@@ -262,7 +262,7 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
 
 def evaluate_policy(
     prompts: list[str],
-    policy: nn.Module,
+    policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     experience_of: Callable[[Rollout], Experience],
     config: PPO,
@@ -273,7 +273,7 @@ def evaluate_policy(
     share = share[: len(prompts) // accelerator.num_processes]
     with torch.random.fork_rng(), accelerator.autocast():
         torch.manual_seed(accelerator.process_index)
-        experience = experience_of(collect(share, policy, tokenizer, config, accelerator))
+        experience = experience_of(generate(policy, tokenizer, share, config.sampling))
     metrics = rollout_metrics(experience, accelerator, config)
     texts = [decode(tokenizer, ids) for ids in experience.input_ids[:, -experience.size :].tolist()]
     rows = zip(share, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)

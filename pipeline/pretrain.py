@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from pipeline.config import Pretrain, Sampling
-from pipeline.data import language_rows, prompt_batch, read_rows
+from pipeline.data import language_rows, read_rows
 from pipeline.models import load_language_model, load_tokenizer, new_language_model, save_policy, train_tokenizer
 from pipeline.rollout import generate
 from pipeline.run import StageRun, is_main, say
@@ -23,7 +23,9 @@ from pipeline.trainers import (
     validation_loss,
 )
 
-ENOUGH_TOKENS_PER_PARAMETER = 5  # below it a model is mostly its initialisation; 20 is Hoffmann et al., arXiv 2203.15556
+ENOUGH_TOKENS_PER_PARAMETER = (
+    5  # below it a model is mostly its initialisation; 20 is Hoffmann et al., arXiv 2203.15556
+)
 TEMPERATURES = (0.5, 0.8, 1.0)
 
 
@@ -79,7 +81,10 @@ def token_budget(model: PreTrainedModel, rows: Dataset, epochs: float) -> dict[s
     ratio = tokens / parameters
     say(f"pretrain: {parameters:,} parameters, {tokens:,.0f} tokens, {ratio:.1f} tokens per parameter")
     if ratio < ENOUGH_TOKENS_PER_PARAMETER:
-        say(f"pretrain: warning: fewer than {ENOUGH_TOKENS_PER_PARAMETER} tokens per parameter: a smaller model learns more")
+        say(
+            f"pretrain: warning: fewer than {ENOUGH_TOKENS_PER_PARAMETER} tokens per parameter: "
+            "more text would teach this model more"
+        )
     return {"parameters": parameters, "tokens": tokens, "tokens_per_parameter": ratio}
 
 
@@ -91,7 +96,9 @@ def validation_metrics(
     pieces = [
         {"input_ids": ids[start : start + config.context]}
         for ids in rows["input_ids"]
-        for start in range(0, len(ids) - 1, config.context - 1)  # each piece opens with the last token of the one before
+        for start in range(
+            0, len(ids) - 1, config.context - 1
+        )  # each piece opens with the last token of the one before
     ]
     loss, tokens = validation_loss(
         model, tokenizer, Dataset.from_list(pieces), config.optim.micro_batch, config.run.precision
@@ -110,6 +117,6 @@ def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: in
     rows: list[dict[str, object]] = []
     for temperature in TEMPERATURES:
         torch.manual_seed(0)
-        rollout = generate(model, tokenizer, *prompt_batch(tokenizer, ["", ""], 1), Sampling(size, temperature))
+        rollout = generate(model, tokenizer, ["", ""], Sampling(max_new_tokens=size, temperature=temperature))
         rows += [{"temperature": temperature, "text": decode(tokenizer, ids)} for ids in rollout.responses.tolist()]
     return rows

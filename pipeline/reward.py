@@ -1,4 +1,4 @@
-"""Stage 3: a Bradley-Terry reward model on pairs of whole texts, centred on the SFT policy, beside a linear baseline."""
+"""Stage 3: a Bradley-Terry reward model on pairs of whole texts, centred on the SFT policy, beside a linear one."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.config import Reward
-from pipeline.data import pad, preference_rows, prompt_batch, read_rows
+from pipeline.data import pad, preference_rows, read_rows
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
-from pipeline.models import load_language_model, load_tokenizer, new_reward_model
+from pipeline.models import frozen, load_language_model, load_tokenizer, new_reward_model
 from pipeline.rollout import generate
 from pipeline.run import StageRun, is_main, say
 from pipeline.scoring import reward_model_scores
@@ -56,7 +56,11 @@ def train(config: Reward) -> Path:
         trainer.train()
         model.eval()
         model.config.score_shift = mean_score_of_samples(model, tokenizer, sft, config)
-        metrics: dict[str, Any] = {"pairs": len(rows), "pairs_dropped": dropped, "score_shift": model.config.score_shift}
+        metrics: dict[str, Any] = {
+            "pairs": len(rows),
+            "pairs_dropped": dropped,
+            "score_shift": model.config.score_shift,
+        }
         metrics["validation"] = held_out_accuracy(model, tokenizer, config.validation_file, config, pairs=None)
         metrics["test"] = held_out_accuracy(model, tokenizer, config.test_file, config, pairs=pairs)
         test = metrics["test"]
@@ -73,7 +77,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
-def score_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], config: Reward) -> np.ndarray:
+def score_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], config: Reward
+) -> np.ndarray:
     """Scores (n,) of token rows, in batches of like lengths, each process computing all of them."""
     accelerator = Accelerator(mixed_precision="bf16" if config.run.precision == "bf16" else "no")
     scores = np.zeros(len(rows))
@@ -86,15 +92,17 @@ def score_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
     return scores
 
 
-def mean_score_of_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sft: Path, config: Reward) -> float:
+def mean_score_of_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sft: Path, config: Reward
+) -> float:
     """Mean score of responses sampled from the SFT policy, whole or cut off alike: the zero point of the scale."""
-    policy = load_language_model(sft).to(model.device)
+    policy = frozen(load_language_model(sft)).to(PartialState().device)
     prompts = [row["prompt"] for row in read_rows(config.prompts_file, ["prompt"], config.centre_prompts)]
     torch.manual_seed(config.run.seed)
     scores = []
     for start in range(0, len(prompts), config.optim.micro_batch):
-        batch = prompt_batch(tokenizer, prompts[start : start + config.optim.micro_batch], config.max_tokens)
-        rollout = generate(policy, tokenizer, *(x.to(model.device) for x in batch), config.sampling)
+        part = prompts[start : start + config.optim.micro_batch]
+        rollout = generate(policy, tokenizer, part, config.sampling)
         scores.append(reward_model_scores(model, rollout.input_ids, rollout.attention_mask))
     return torch.cat(scores).mean().item()
 
@@ -107,7 +115,7 @@ def held_out_accuracy(
     With the training `pairs` also a linear baseline fitted on them and tested on the same held-out pairs.
     """
     rows = read_rows(file, ["chosen", "rejected"], config.validation_rows)
-    tokens, dropped = preference_rows(tokenizer, rows, 10**9)
+    tokens, _ = preference_rows(tokenizer, rows, 10**9)
     chosen, rejected = (score_rows(model, tokenizer, tokens[side], config) for side in ("chosen_ids", "rejected_ids"))
     correct = pair_accuracy(chosen - rejected)
     margins = np.array(tokens["margin"])
@@ -126,6 +134,8 @@ def held_out_accuracy(
     }
     if pairs is not None:
         train = [[row.get("prompt", "") + row[side] for row in pairs] for side in ("chosen", "rejected")]
-        baseline = linear_pair_baseline(*train, [row.get("margin", 0.0) for row in pairs], *texts)
+        baseline = linear_pair_baseline(
+            train[0], train[1], [row.get("margin", 0.0) for row in pairs], texts[0], texts[1]
+        )
         report["linear_baseline"] = asdict(share_ci(baseline))
     return report

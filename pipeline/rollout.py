@@ -6,16 +6,17 @@ Everything in an Experience is computed once per rollout, without gradient, and 
 log-probabilities that PPO calls old come from the same forward that training uses, so the first ratio is exactly 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.advantages import gae, kl_k1, replace_missing_eos, token_rewards
 from pipeline.config import PPO, Sampling
-from pipeline.models import sampling_config
+from pipeline.data import prompt_batch
+from pipeline.models import Policy, base_of, sampling_config
 from pipeline.tensors import Reduce, response_length, response_mask, whiten
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
@@ -72,34 +73,30 @@ class Experience:
 
 
 @torch.no_grad()
-def generate(
-    model: PreTrainedModel | nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Tensor,
-    prompt_mask: Tensor,
-    sampling: Sampling,
-) -> Rollout:
+def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sampling: Sampling) -> Rollout:
     """Samples one response per prompt from exactly the distribution that is scored: temperature, and no other warping.
 
-    prompts, prompt_mask (B, P), left-padded. Draws from torch's global generator. Responses are padded to
-    max_new_tokens, so every rollout has one shape.
+    Draws from torch's global generator. Responses are padded to max_new_tokens.
     """
+    ids, prompt_mask = prompt_batch(tokenizer, prompts, sampling.max_prompt_tokens)
+    ids, prompt_mask = ids.to(policy.device), prompt_mask.to(policy.device)
+    model = base_of(policy)
     config = sampling_config(tokenizer, model)
     config.max_new_tokens, config.temperature = sampling.max_new_tokens, sampling.temperature
     was_training = model.training
     model.eval()
-    output = model.generate(
-        input_ids=prompts, attention_mask=prompt_mask.long(), generation_config=config, use_cache=True
+    output = model.generate(  # type: ignore[operator]  # declared by a mixin that mypy does not see
+        input_ids=ids, attention_mask=prompt_mask.long(), generation_config=config, use_cache=True
     )
     model.train(was_training)
-    responses = output[:, prompts.shape[1] :]
+    responses = output[:, ids.shape[1] :]
     responses = nn.functional.pad(
         responses, (0, sampling.max_new_tokens - responses.shape[1]), value=tokenizer.pad_token_id
     )
     length, has_eos = response_length(responses, tokenizer.eos_token_id)
     mask = response_mask(length, sampling.max_new_tokens)
     responses = responses.masked_fill(~mask, tokenizer.pad_token_id)
-    return Rollout(torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1), mask, length, has_eos)
+    return Rollout(torch.cat([ids, responses], 1), torch.cat([prompt_mask, mask], 1), mask, length, has_eos)
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@
         metrics.jsonl   one line per logged step            samples.jsonl   texts, one line each
         final/          written beside its place, listed in DONE.json, renamed whole
 
-A stage is finished when `final/DONE.json` is there, and nothing reads an unfinished one. DONE.json fingerprints the config,
-the data, the parents and every file, so that a stage made from other inputs is recognised and never silently reused.
+A stage is finished when `final/DONE.json` is there, and nothing reads an unfinished one. DONE.json fingerprints the
+config, the data, the parents and every file: a stage made from other inputs is recognised and never silently reused.
 """
 
 import hashlib
@@ -85,7 +85,7 @@ def stage_main(train: Callable[[Any], object], config: Any) -> None:
 
 
 class StageRun:
-    """One run of one stage: its folder, its log, its progress bar, and its `final/`, which appears whole or not at all."""
+    """One run of one stage: its folder, log, progress bar, and its `final/`, which appears whole or not at all."""
 
     def __init__(self, stage: str, config: Any, parents: Mapping[str, Path], data: Iterable[str]) -> None:
         self.stage, self.config = stage, config
@@ -112,10 +112,12 @@ class StageRun:
         }
 
     def is_finished(self) -> bool:
-        """True if `final/` was made from exactly these inputs. Another one there is an error: it is never overwritten."""
+        """True if `final/` was made from exactly these inputs; made from others it is an error, never overwritten."""
         if not (self.final / "DONE.json").is_file():
             if self.final.exists():
-                raise StageError(f"{self.final}: exists but has no DONE.json, so this project did not finish it: move it away")
+                raise StageError(
+                    f"{self.final}: exists but has no DONE.json, so this project did not finish it: move it away"
+                )
             return False
         old = read_done(self.final)["identity"]
         if old == self.identity:
@@ -191,7 +193,11 @@ class StageRun:
         if not is_main():
             return
         if self._progress is None:
-            columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed}/{task.total}")]
+            columns: list[ProgressColumn] = [
+                TextColumn("{task.description}"),
+                BarColumn(24),
+                TextColumn("{task.completed}/{task.total}"),
+            ]
             columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _Numbers()]
             self._progress = Progress(*columns, console=console)
             self._progress.start()
@@ -298,7 +304,7 @@ def _start_wandb(run: StageRun) -> Any:
         name=f"{run.config.run.recipe}-{run.stage}-seed{run.config.run.seed}-{uuid.uuid4().hex[:4]}",
         dir=str(run.folder),
         config=run.dials,
-        mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),
+        mode=None if "WANDB_MODE" in os.environ else "online" if has_key else "offline",
     )
 
 
@@ -308,5 +314,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

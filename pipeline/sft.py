@@ -3,12 +3,12 @@
 import math
 from pathlib import Path
 
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 from trl import SFTConfig
 
 from pipeline.config import SFT
 from pipeline.data import completion_rows, read_rows
-from pipeline.models import load_language_model, load_tokenizer, save_policy, with_adapter
+from pipeline.models import Policy, base_of, load_language_model, load_tokenizer, save_policy, with_adapter
 from pipeline.run import StageRun, is_main, say
 from pipeline.trainers import NextTokenTrainer, quiet, report_to, training_arguments, validation_loss
 
@@ -23,9 +23,9 @@ def train(config: SFT) -> Path:
     with stage:
         set_seed(config.run.seed)
         tokenizer = load_tokenizer(base)
-        model: PreTrainedModel = load_language_model(base)
+        model: Policy = load_language_model(base)
         if config.adapter.adapter != "none":
-            model = with_adapter(model, config.adapter)
+            model = with_adapter(base_of(model), config.adapter)
         fields = ["prompt", "completion"]
         rows, dropped = completion_rows(
             tokenizer, read_rows(config.train_file, fields, config.train_rows), config.max_tokens
@@ -57,5 +57,5 @@ def train(config: SFT) -> Path:
             "perplexity": math.exp(loss),
             "validation_tokens": tokens,
         }
-        say(f"sft: validation loss {before:.3f} -> {loss:.3f} nats per completion token, perplexity {math.exp(loss):.1f}")
+        say(f"sft: validation loss {before:.3f} -> {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}")
         return stage.finish(lambda folder: save_policy(model, tokenizer, folder) if is_main() else None, metrics)

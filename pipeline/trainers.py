@@ -1,12 +1,13 @@
-"""What pretraining, SFT and reward training share: TRL's trainers under our dials, our loss, our log, our validation."""
+"""What pretraining, SFT and reward training share: TRL's trainers under our dials, loss, log and validation."""
 
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -27,6 +28,8 @@ from pipeline.tensors import masked_sum
 
 def quiet() -> None:
     """Keeps dependencies' progress bars and advice out of the stage's own few lines; errors still show."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find that out itself
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -66,8 +69,14 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
 class Report(TrainerCallback):
     """Sends a trainer's log lines to the stage's metrics and its one progress bar."""
 
-    names = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "num_tokens": "tokens"}
-    names |= {"accuracy": "accuracy", "margin": "score_difference", "mean_token_accuracy": "token_accuracy"}
+    names: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "grad_norm": "grad_norm",
+        "learning_rate": "learning_rate",
+        "num_tokens": "tokens",
+        "accuracy": "accuracy",
+        "margin": "score_difference",
+    }
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.started, self.tokens = run, time.monotonic(), 0.0
@@ -79,7 +88,9 @@ class Report(TrainerCallback):
             return
         metrics = {ours: logs[theirs] for theirs, ours in self.names.items() if theirs in logs}
         if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"{self.run.stage}: loss is {metrics['loss']} at step {state.global_step}: stopped")
+            raise FloatingPointError(
+                f"{self.run.stage}: loss is {metrics['loss']} at step {state.global_step}: stopped"
+            )
         metrics["tokens_per_second"] = round(metrics["tokens"] / (time.monotonic() - self.started))
         self.run.log(state.global_step, metrics)
         shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_second']:,}"}
@@ -128,7 +139,9 @@ def validation_loss(
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     ids, labels = rows["input_ids"], rows["labels"] if "labels" in rows.column_names else rows["input_ids"]
-    order = sorted(range(len(rows)), key=lambda row: len(ids[row]))[accelerator.process_index :: accelerator.num_processes]
+    order = sorted(range(len(rows)), key=lambda row: len(ids[row]))[
+        accelerator.process_index :: accelerator.num_processes
+    ]
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         inputs, mask = pad([ids[row] for row in part], tokenizer.pad_token_id, "right")
@@ -150,4 +163,6 @@ def packed_tokens(rows: Dataset) -> int:
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of ids, special tokens left out, spaces as they were."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

@@ -1,7 +1,7 @@
 """Talking to base, SFT and PPO side by side.
 
-    python stages/chat.py --config configs/imdb/chat.yaml
-    accelerate launch stages/chat.py --seed 1
+python stages/chat.py --config configs/imdb/chat.yaml
+accelerate launch stages/chat.py --seed 1
 """
 
 from pipeline.config import Chat, parse

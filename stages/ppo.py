@@ -1,7 +1,7 @@
 """PPO (Schulman et al., arXiv 1707.06347) on a language model, against a reward model and a frozen reference.
 
-    python stages/ppo.py --config configs/imdb/ppo.yaml
-    accelerate launch stages/ppo.py --seed 1
+python stages/ppo.py --config configs/imdb/ppo.yaml
+accelerate launch stages/ppo.py --seed 1
 """
 
 from pipeline.config import PPO, parse

@@ -1,7 +1,7 @@
 """a small causal language model from scratch, with its tokenizer, on plain text.
 
-    python stages/pretrain.py --config configs/imdb/pretrain.yaml
-    accelerate launch stages/pretrain.py --seed 1
+python stages/pretrain.py --config configs/imdb/pretrain.yaml
+accelerate launch stages/pretrain.py --seed 1
 """
 
 from pipeline.config import Pretrain, parse

@@ -1,7 +1,7 @@
 """a Bradley-Terry reward model on pairs of whole texts, centred on the SFT policy, beside a linear baseline.
 
-    python stages/reward.py --config configs/imdb/reward.yaml
-    accelerate launch stages/reward.py --seed 1
+python stages/reward.py --config configs/imdb/reward.yaml
+accelerate launch stages/reward.py --seed 1
 """
 
 from pipeline.config import Reward, parse

@@ -1,7 +1,7 @@
 """supervised fine-tuning on prompt -> completion, with loss on the completion only.
 
-    python stages/sft.py --config configs/imdb/sft.yaml
-    accelerate launch stages/sft.py --seed 1
+python stages/sft.py --config configs/imdb/sft.yaml
+accelerate launch stages/sft.py --seed 1
 """
 
 from pipeline.config import SFT, parse

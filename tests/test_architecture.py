@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"tensors", "config"},
     {"losses", "advantages", "run", "judges"},
-    {"models", "data", "corpus", "scoring", "rollout"},
+    {"models", "data", "corpus"},
+    {"scoring", "rollout", "trainers"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
