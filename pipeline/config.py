@@ -289,7 +289,8 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
             help=f"{field.metadata['help']} (default: {_text(default) or 'empty'})".replace("%", "%%"),
         )  # fmt: skip
     file = Path(_config_file(argv) or f"configs/imdb/{stage}.yaml")
-    given = parser.parse_args(_yaml_tokens(file, parser) + argv)
+    helps = not {"-h", "--help"}.isdisjoint(argv)  # answers wherever it is asked, with or without a readable file
+    given = parser.parse_args(argv if helps else _yaml_tokens(file, parser) + argv)
     try:
         config = _rebuild(defaults, vars(given))
         if hasattr(config, "check"):
@@ -306,8 +307,9 @@ class _Help(argparse.HelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if "unrecognized arguments:" in message:
-            key = message.split(":", 1)[1].split()[0].lstrip("-").split("=")[0]
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            key = unknown.split(" ")[0].lstrip("-").split("=")[0]
             message = f"unknown dial '{key}'" + nearest(key, [a.dest for a in self._actions])
         self.exit(2, f"error: {message}\n")
 
@@ -384,18 +386,20 @@ def _yaml_tokens(file: Path, parser: _Parser) -> list[str]:
         parser.error(f"{file}: no such config file (run from the project's folder, or give --config)")
     try:
         rows = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
         parser.error(f"{file}: not readable as YAML: {' '.join(str(error).split())}")
     if not isinstance(rows, dict):
         parser.error(f"{file}: expected `dial: value` lines")
-    known = {action.dest: action for action in parser._actions}
+    known = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
     tokens = []
     for key, value in rows.items():
-        if key not in known or key in ("config", "help"):
+        if key not in known:
             parser.error(f"{file}: unknown dial '{key}'" + nearest(str(key), list(known)))
         if isinstance(value, (dict, list)):
             parser.error(f"{file}: {key}: expected one value, got {type(value).__name__}")
         text = _text(value)
+        if known[key].metavar == "TEXT" and not isinstance(value, str):
+            parser.error(f"{file}: {key}: expected text, got {text}; put it in quotes")
         try:
             known[key].type(text)  # type: ignore[operator, misc]
         except argparse.ArgumentTypeError as error:

@@ -9,6 +9,7 @@ reward model reads in PPO exactly the ids it was trained on. Nothing here looks 
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ class DataError(UserError):
 def read_rows(file: str, fields: Sequence[str], limit: int = 0) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file, each with the given text fields; the first `limit` of them, 0 for all.
 
-    Raises DataError for a row that is not a JSON object, or lacks a field, or holds another type or no text in it.
+    Raises DataError for a row that is not a JSON object, or lacks a field, or holds another type or no text in it;
+    the optional `prompt` and `margin` may be absent, not wrong.
     """
     rows: list[dict[str, Any]] = []
-    with Path(file).open(encoding="utf-8") as lines:
+    with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if limit and len(rows) == limit:
                 break
@@ -44,10 +46,10 @@ def read_rows(file: str, fields: Sequence[str], limit: int = 0) -> list[dict[str
     return rows
 
 
-def _checked(file: str, number: int, line: str, fields: Sequence[str]) -> dict[str, Any]:
+def _checked(file: str, number: int, line: bytes, fields: Sequence[str]) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.decode())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: row {number}: not JSON ({error}); expected one object per line") from None
     if not isinstance(row, dict):
         raise DataError(f"{file}: row {number}: expected a JSON object, got {type(row).__name__}")
@@ -55,6 +57,11 @@ def _checked(file: str, number: int, line: str, fields: Sequence[str]) -> dict[s
         if not isinstance(row.get(field), str) or not row[field].strip():
             got = repr(row[field])[:40] if field in row else "no such field"
             raise DataError(f"{file}: row {number}: {field}: expected text, got {got}; mend or remove the row")
+    if not isinstance(row.get("prompt", ""), str):
+        raise DataError(f"{file}: row {number}: prompt: expected text or no such field, got {row['prompt']!r:.40}")
+    margin = row.get("margin", 0)
+    if not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(f"{file}: row {number}: margin: expected a finite number or no such field, got {margin!r:.40}")
     return row
 
 

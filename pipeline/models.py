@@ -64,7 +64,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
     else:
         tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
         # One piece per character, or a word with the space before it: joined without glue, both give the text back.
-        piece = Regex("(?s:.)") if kind == "char" else Regex(r"\s?\S+|\s+")
+        piece = Regex(r"[\s\S]") if kind == "char" else Regex(r"\s?\S+|\s+")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(piece, behavior="isolated")
         tokenizer.decoder = decoders.Fuse()
         trainer = trainers.WordLevelTrainer(
@@ -113,8 +113,15 @@ def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def load_language_model(path: str | Path) -> PreTrainedModel:
-    """A causal language model in fp32, without dropout; an adapter saved in the same directory is merged into it."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    """A causal language model in fp32, without dropout; an adapter saved in the same directory is merged into it.
+
+    Raises ModelError for a checkpoint that lacks weights: transformers would draw them at random.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
     return without_dropout(merge_adapter(model))
 
 
@@ -127,6 +134,8 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     if layers:
         model._hf_peft_config_loaded = False  # save_pretrained would otherwise write an adapter alone
         del model.peft_config
+        # Left by the adapter's loading: save_pretrained would apply them to the name of every weight.
+        vars(model).pop("_weight_conversions", None)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
@@ -20,7 +21,7 @@ from pipeline.models import frozen, load_language_model, load_tokenizer, new_rew
 from pipeline.rollout import generate
 from pipeline.run import StageRun, is_main, say
 from pipeline.scoring import reward_model_scores
-from pipeline.trainers import quiet, report_to, training_arguments
+from pipeline.trainers import in_length_batches, quiet, report_to, training_arguments
 
 MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)  # rating points; pairs from binary labels have margin 0
 
@@ -44,12 +45,10 @@ def train(config: Reward) -> Path:
             model=model,
             args=RewardConfig(
                 **training_arguments(config.run, config.optim, stage.folder),
-                train_sampling_strategy="group_by_length",
-                length_column_name="length",
-                remove_unused_columns=False,
+                train_sampling_strategy="sequential",
                 max_length=None,
             ),
-            train_dataset=rows.add_column("length", [len(ids) for ids in rows["chosen_ids"]]),
+            train_dataset=in_length_batches(rows, pair_lengths(rows), config.optim.batch_size, config.run.seed),
             processing_class=tokenizer,
         )
         report_to(trainer, stage)
@@ -70,6 +69,15 @@ def train(config: Reward) -> Path:
             f"TF-IDF + ridge {test['linear_baseline']['value']:.3f}; longer wins {test['longer_wins']['value']:.3f}"
         )
         return stage.finish(partial(save, model, tokenizer) if is_main() else lambda _: None, metrics)
+
+
+def pair_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each pair's longer text, by which batches are grouped so that they pad little.
+
+    It must not tell chosen from rejected: batches grouped by the chosen text's length hold chosen texts of one length
+    beside rejected ones of any, and the model learns that shortcut first (docs/log.md).
+    """
+    return [max(map(len, pair)) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

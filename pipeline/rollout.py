@@ -83,10 +83,11 @@ def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequen
     model = base_of(policy)
     config = sampling_config(tokenizer, model)
     config.max_new_tokens, config.temperature = sampling.max_new_tokens, sampling.temperature
+    model.generation_config = config  # a setting left open, such as min_new_tokens, would be taken from the model's own
     was_training = model.training
     model.eval()
     output = model.generate(  # type: ignore[operator]  # declared by a mixin that mypy does not see
-        input_ids=ids, attention_mask=prompt_mask.long(), generation_config=config, use_cache=True
+        input_ids=ids, attention_mask=prompt_mask.long(), use_cache=True
     )
     model.train(was_training)
     responses = output[:, ids.shape[1] :]

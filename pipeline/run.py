@@ -20,10 +20,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
@@ -38,8 +39,13 @@ class StageError(UserError):
     """A stage that cannot start or finish; the message says why and how to mend it."""
 
 
+def processes() -> PartialState:
+    """The processes of this run, joined at the first call; Accelerate joins them on CPUs (gloo) only when told to."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def is_main() -> bool:
-    return PartialState().is_main_process
+    return processes().is_main_process
 
 
 def say(text: str) -> None:
@@ -61,8 +67,10 @@ def digest(value: Any) -> str:
 def read_done(final: Path) -> dict[str, Any]:
     """DONE.json of a finished stage output; a StageError names the stage to run where there is none."""
     if not (final / "DONE.json").is_file():
-        stage = final.parent.name if final.name == "final" else "the stage that makes it"
-        raise StageError(f"{final}: not finished (no DONE.json there): run {stage} first, for example `make {stage}`")
+        what = "not finished (no DONE.json there)" if final.exists() else "not there"
+        stage = final.parent.name
+        how = f"run {stage} first, for example `make {stage}`" if final.name == "final" else "a stage's final/ is needed"
+        raise StageError(f"{final}: {what}: {how}")
     return json.loads((final / "DONE.json").read_text(encoding="utf-8"))
 
 
@@ -87,7 +95,7 @@ def stage_main(train: Callable[[Any], object], config: Any) -> None:
 class StageRun:
     """One run of one stage: its folder, log, progress bar, and its `final/`, which appears whole or not at all."""
 
-    def __init__(self, stage: str, config: Any, parents: Mapping[str, Path], data: Iterable[str]) -> None:
+    def __init__(self, stage: str, config: Any, parents: Mapping[str, Path], data: Sequence[str]) -> None:
         self.stage, self.config = stage, config
         self.folder = config.run.folder(stage)
         self.final = self.folder / "final"
@@ -97,17 +105,18 @@ class StageRun:
                 raise StageError(f"{file}: no such file; `make data` makes the default recipe's")
         self.parents = {name: _parent(path, self.final) for name, path in parents.items()}
         self.data = {file: sha256(Path(file)) for file in data}
+        self.roles = [self.data[file] for file in data]
         self.started = time.monotonic()
         self._wandb: Any = None
         self._progress: Progress | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result: dials, data and parents (by content, wherever they lie)."""
+        """What decides the result: dials, data and parents (by content and role, wherever they lie)."""
         return {
             "stage": self.stage,
             "dials": identity(self.config),
-            "data": sorted(self.data.values()),
+            "data": self.roles,
             "parents": {name: parent["fingerprint"] for name, parent in self.parents.items()},
         }
 
@@ -136,7 +145,7 @@ class StageRun:
             self._write_run_json({})
             if self.dials["report_to"] == "wandb":
                 self._wandb = _start_wandb(self)
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
         say(f"{self.stage}: {self.folder}")
         return self
 
@@ -151,7 +160,7 @@ class StageRun:
         """Logs of an earlier attempt that did not finish are kept under attempts/."""
         left = [path for path in self.folder.glob("*") if path.name != "attempts"]
         if left:
-            aside = self.folder / "attempts" / time.strftime("%Y%m%d-%H%M%S")
+            aside = self.folder / "attempts" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
             aside.mkdir(parents=True)
             for path in left:
                 path.rename(aside / path.name)
@@ -164,7 +173,7 @@ class StageRun:
             "versions": _versions(),
             "revision": _git_revision(),
             "command": sys.argv,
-            "processes": PartialState().num_processes,
+            "processes": processes().num_processes,
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
             "seconds": round(time.monotonic() - self.started, 1),
             "metrics": metrics,
@@ -216,7 +225,7 @@ class StageRun:
         `write` runs on every process (a sharded model is gathered by all), each with the same path.
         """
         self.close_progress()
-        state = PartialState()
+        state = processes()
         temporary = self.folder / "final.partial"
         if state.is_main_process:
             temporary.mkdir()
@@ -257,9 +266,6 @@ class _Numbers(ProgressColumn):
 
 def _parent(path: Path, own: Path) -> dict[str, Any]:
     """Where a parent lies (relative to this stage's final/, so that runs/ may move) and what it is."""
-    if not path.exists():
-        stage = path.parent.name
-        raise StageError(f"{path}: not there: run {stage} first, for example `make {stage}`")
     fingerprint = read_done(path)["fingerprint"]
     return {"path": os.path.relpath(path.resolve(), own.resolve()), "fingerprint": fingerprint}
 

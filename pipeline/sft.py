@@ -10,7 +10,7 @@ from pipeline.config import SFT
 from pipeline.data import completion_rows, read_rows
 from pipeline.models import Policy, base_of, load_language_model, load_tokenizer, save_policy, with_adapter
 from pipeline.run import StageRun, is_main, say
-from pipeline.trainers import NextTokenTrainer, quiet, report_to, training_arguments, validation_loss
+from pipeline.trainers import NextTokenTrainer, in_length_batches, quiet, report_to, training_arguments, validation_loss
 
 
 def train(config: SFT) -> Path:
@@ -40,10 +40,12 @@ def train(config: SFT) -> Path:
             model=model,
             args=SFTConfig(
                 **training_arguments(config.run, config.optim, stage.folder),
-                train_sampling_strategy="group_by_length",
+                train_sampling_strategy="sequential",
                 max_length=None,
             ),
-            train_dataset=rows,
+            train_dataset=in_length_batches(
+                rows, [len(ids) for ids in rows["input_ids"]], config.optim.batch_size, config.run.seed
+            ),
             processing_class=tokenizer,
         )
         report_to(trainer, stage)

@@ -66,6 +66,21 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
     )
 
 
+def in_length_batches(rows: Dataset, lengths: Sequence[int], batch_size: int, seed: int) -> Dataset:
+    """The rows in an order whose consecutive batches hold like lengths and come in random order.
+
+    For `train_sampling_strategy="sequential"`. transformers' own grouping runs from long to short within each fifty
+    batches, and where length goes with the kind of text the model then chases one kind after the other. `lengths` must
+    say nothing about the label: see `pipeline.reward.pair_lengths`.
+    """
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=random)
+    pools = [sorted(pool.tolist(), key=lambda row: lengths[row]) for pool in order.split(50 * batch_size)]
+    batches = [pool[start : start + batch_size] for pool in pools for start in range(0, len(pool), batch_size)]
+    shuffled = torch.randperm(len(batches), generator=random).tolist()
+    return rows.select([row for batch in shuffled for row in batches[batch]])
+
+
 class Report(TrainerCallback):
     """Sends a trainer's log lines to the stage's metrics and its one progress bar."""
 
@@ -116,11 +131,14 @@ class NextTokenTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Sum of the token losses over the number of tokens in the optimiser step on all processes."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        ids = inputs["input_ids"]
+        # Rows are padded and masked, or (packed by bfd_split) joined into one whose positions say where each text starts.
+        place = "attention_mask" if "attention_mask" in inputs else "position_ids"
+        outputs = model(input_ids=ids, use_cache=False, **{place: inputs[place]})
         losses, mask = next_token_loss(outputs.logits, inputs["labels"], self.label_smoothing)
         # DDP averages gradients over processes, so the sum of each is scaled by their number.
         loss = masked_sum(losses, mask) / num_items_in_batch * self.accelerator.num_processes
-        tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum()
+        tokens = self.accelerator.gather(inputs.get("attention_mask", torch.ones_like(ids)).sum()).sum()
         self._total_train_tokens += tokens.item()
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return (loss, outputs) if return_outputs else loss

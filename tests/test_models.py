@@ -1,0 +1,361 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from pipeline.config import Adapter, Pretrain
+from pipeline.models import (
+    ActorCritic,
+    Critic,
+    ModelError,
+    base_of,
+    frozen,
+    head_weight,
+    load_language_model,
+    load_reward_model,
+    load_tokenizer,
+    merge_adapter,
+    new_language_model,
+    new_reward_model,
+    reference_role,
+    response_logprobs,
+    save_policy,
+    train_tokenizer,
+    with_adapter,
+    without_dropout,
+)
+from pipeline.scoring import reward_model_scores
+from pipeline.trainers import decode
+
+KINDS = ("gpt2", "llama")
+ADAPTERS = (Adapter(adapter="lora", lora_rank=3, lora_alpha=8), Adapter(adapter="ia3"))
+IDS = torch.tensor([[1, 6, 4, 9, 12, 5, 2], [1, 8, 8, 3, 7, 11, 10]])
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def close(actual, expected, atol):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def disturbed(policy, seed=1):
+    """The policy with every trainable weight moved, so that an adapter does something."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return policy.eval()
+
+
+def adapter_layers(model):
+    return [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
+# tokenizers
+
+TEXTS = ["The cat sat.", "A dog, naïve: 日本!", " two  spaces\nand\ta line\n", "the end"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "word"])
+def test_a_tokenizer_has_its_own_special_tokens_and_gives_the_text_back(kind, tmp_path):
+    train_tokenizer(kind, TEXTS, 400).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert sorted(special) == [0, 1, 2]
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        assert not set(ids[1:]) & set(special)
+        assert decode(tokenizer, ids) == text
+    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+
+
+def test_pieces_are_bytes_characters_or_words():
+    bpe, char, word = (train_tokenizer(kind, TEXTS, 400) for kind in ("bpe", "char", "word"))
+    assert word.convert_ids_to_tokens(word("The cat sat.")["input_ids"]) == ["<bos>", "The", " cat", " sat."]
+    assert len(char("The cat")["input_ids"]) == 1 + 7
+    assert decode(bpe, bpe("Ωmega 🙂")["input_ids"]) == "Ωmega 🙂"
+    assert char("Ω")["input_ids"] == [char.bos_token_id, char.unk_token_id]
+    assert len(train_tokenizer("word", TEXTS, 9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("special", "message"),
+    [
+        ({"pad_token": "<pad>"}, "no EOS"),
+        ({"pad_token": "<eos>", "eos_token": "<eos>"}, "pad token other than EOS"),
+        ({"eos_token": "<eos>"}, "pad token other than EOS"),
+    ],
+)
+def test_a_tokenizer_that_cannot_end_a_response_is_refused(special, message, tokenizer, tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(tmp_path)
+
+
+# language models, adapters, saving
+
+
+def test_a_new_language_model_has_the_dials_size_and_the_tokenizers_ids(tokenizer):
+    model = new_language_model(Pretrain(hidden_size=24, intermediate_size=40, layers=3, heads=2, context=50), tokenizer)
+    d, m, v = 24, 40, len(tokenizer)
+    assert model.num_parameters() == v * d + 3 * (4 * d * d + 3 * d * m + 2 * d) + d  # tied: the embedding once
+    assert model.config.max_position_embeddings == 50
+    assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter", [Adapter(), *ADAPTERS], ids=lambda a: a.adapter)
+def test_a_saved_policy_loads_anywhere(kind, adapter, make_model, tokenizer, saved, tmp_path, monkeypatch):
+    shutil.copytree(saved[kind], tmp_path / "base")
+    policy = load_language_model(tmp_path / "base")
+    if adapter.adapter != "none":
+        policy = with_adapter(policy, adapter)
+    policy = disturbed(policy)
+    before = logits(policy)
+    assert (before - logits(make_model(kind))).abs().max() > 0.1
+    save_policy(policy, tokenizer, tmp_path / "made")
+    assert torch.equal(logits(policy), before)
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "made").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "moved").eval()
+    close(logits(stock), before, 1e-6)
+    assert bool(adapter_layers(stock)) == (adapter.adapter != "none")
+    merged = load_language_model(tmp_path / "moved").eval()
+    close(logits(merged), before, 1e-5)
+    assert adapter_layers(merged) == []
+    merged.save_pretrained(tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), before, 1e-5)
+    again = disturbed(with_adapter(merged, ADAPTERS[0]))
+    expected = logits(again)
+    save_policy(again, tokenizer, tmp_path / "again")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()), expected, 1e-5)
+    assert load_tokenizer(tmp_path / "moved")("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+    generation = GenerationConfig.from_pretrained(tmp_path / "moved")
+    assert (generation.do_sample, generation.top_k, generation.top_p, generation.temperature) == (True, 0, 1.0, 1.0)
+    assert (generation.eos_token_id, generation.pad_token_id, generation.suppress_tokens) == (2, 0, [0])
+
+
+def test_a_language_model_without_all_its_weights_is_refused(saved, tmp_path):
+    shutil.copytree(saved["llama"], tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        load_language_model(tmp_path)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_weights_are_base_plus_scaled_product(rslora, make_model, tokenizer, saved, tmp_path):
+    dials = Adapter(adapter="lora", lora_rank=4, lora_alpha=6, rslora=rslora, adapter_targets="q_proj,down_proj")
+    policy = disturbed(with_adapter(load_language_model(saved["llama"]), dials))
+    save_policy(policy, tokenizer, tmp_path)
+    scale = 6 / math.sqrt(4) if rslora else 6 / 4
+    weights = policy.state_dict()
+    merged = load_language_model(tmp_path).state_dict()
+    original = make_model("llama").state_dict()
+    changed = {name for name in original if not torch.equal(merged[name], original[name])}
+    names = {f"model.layers.{n}.{part}" for n in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")}
+    assert changed == {f"{name}.weight" for name in names}
+    for name in names:
+        a, b = (weights[f"base_model.model.{name}.lora_{x}.default.weight"].double() for x in "AB")
+        close(merged[f"{name}.weight"].double(), original[f"{name}.weight"].double() + scale * b @ a, 1e-6)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: a.adapter)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_in_place_leaves_no_adapter(kind, adapter, make_model):
+    policy = disturbed(with_adapter(make_model(kind), adapter))
+    before = logits(policy)
+    merged = merge_adapter(base_of(policy))
+    assert adapter_layers(merged) == []
+    assert not [name for name in merged.state_dict() if "lora" in name or "ia3" in name or "base_layer" in name]
+    close(logits(merged), before, 1e-5)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: a.adapter)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_role_is_the_base_bit_for_bit(kind, adapter, make_model):
+    policy = with_adapter(make_model(kind), adapter)
+    base = logits(make_model(kind))
+    close(logits(policy), base, 0)  # a fresh adapter changes nothing
+    trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all("lora_" in name or "ia3_" in name for name in trainable)
+    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # LoRA's A has no gradient before B has moved
+        policy(input_ids=IDS).logits.log_softmax(-1)[..., 3].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = logits(policy)
+    assert (moved - base).abs().max() > 0.1
+    with reference_role(policy):
+        assert torch.equal(logits(policy), base)
+        assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
+    assert torch.equal(logits(policy), moved)
+    with pytest.raises(KeyError), reference_role(policy):
+        raise KeyError
+    assert torch.equal(logits(policy), moved)
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
+
+
+def test_an_unknown_adapter_is_refused(make_model):
+    with pytest.raises(ModelError, match="lora or ia3, got prefix"):
+        with_adapter(make_model("llama"), Adapter(adapter="prefix"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_dropout_a_train_mode_forward_repeats_itself(kind, make_model, tokenizer, tmp_path):
+    model = make_model(kind, dropout=0.3).train()
+    assert not torch.equal(logits(model), logits(model))
+    save_policy(model, tokenizer, tmp_path)
+    quiet = without_dropout(model)
+    assert torch.equal(logits(quiet), logits(quiet))
+    torch.manual_seed(0)
+    for loaded in (load_language_model(tmp_path).train(), new_reward_model(tmp_path, tokenizer).train()):
+        assert torch.equal(logits(loaded), logits(loaded))
+
+
+# reward models and critics
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_reward_model_is_the_trunk_with_a_fresh_head(kind, make_model, saved, tokenizer):
+    torch.manual_seed(0)
+    models = [new_reward_model(saved[kind], tokenizer) for _ in range(12)]
+    trunk = make_model(kind).base_model
+    with torch.no_grad():
+        close(models[0].eval().base_model(IDS).last_hidden_state, trunk(IDS).last_hidden_state, 1e-6)
+    weights = torch.cat([head_weight(model).flatten() for model in models])
+    assert weights.std().item() == pytest.approx(17**-0.5, rel=4 / math.sqrt(2 * 12 * 16))
+    assert abs(weights.mean().item()) < 4 * 17**-0.5 / math.sqrt(12 * 16)
+    assert models[0].config.score_shift == 0
+    assert models[0].config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_reward_model_on_an_adapter_starts_from_the_merged_weights(make_model, tokenizer, tmp_path):
+    policy = disturbed(with_adapter(make_model("gpt2"), ADAPTERS[0]))
+    save_policy(policy, tokenizer, tmp_path)
+    reward_model = new_reward_model(tmp_path, tokenizer).eval()
+    with torch.no_grad():
+        expected = base_of(policy).base_model(IDS).last_hidden_state
+        close(reward_model.base_model(IDS).last_hidden_state, expected, 1e-5)
+
+
+def test_a_reward_model_without_its_head_or_shift_is_refused(reward_model, saved, tmp_path):
+    reward_model.save_pretrained(tmp_path)
+    assert load_reward_model(tmp_path).config.score_shift == 0.37
+    with pytest.raises(ModelError, match=r"score\.weight"):
+        load_reward_model(saved["gpt2"])
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    whole = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in whole.items() if name != "score_shift"}))
+    with pytest.raises(ModelError, match="score_shift"):
+        load_reward_model(tmp_path)
+    config.write_text(json.dumps(whole))
+    tensors = load_file(weights)
+    save_file({**tensors, "extra.weight": torch.ones(1)}, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"extra\.weight"):
+        load_reward_model(tmp_path)
+    del tensors["score.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"score\.weight"):
+        load_reward_model(tmp_path)
+
+
+def test_a_critic_starts_as_the_reward_model_and_is_its_own(reward_model, tmp_path):
+    critic = Critic(reward_model)
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    values = critic(IDS, mask)
+    close(values[:, -1], reward_model_scores(reward_model, IDS, mask), 1e-6)
+    assert values.shape == IDS.shape
+    assert all(parameter.requires_grad for parameter in critic.parameters())
+    score = reward_model_scores(reward_model, IDS, mask)
+    disturbed(critic)
+    assert torch.equal(reward_model_scores(reward_model, IDS, mask), score)
+    assert not any(parameter.requires_grad for parameter in reward_model.parameters())
+    values = critic(IDS, mask)
+    critic.save(tmp_path)
+    close(Critic(load_reward_model(tmp_path))(IDS, mask), values, 1e-6)
+
+
+def test_frozen_models_are_in_eval_mode_without_gradient(make_model):
+    model = frozen(make_model("gpt2").train())
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+# log-probabilities and values of a response
+
+SIZE = 4
+MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 1]]).bool()  # P = 3: two response tokens, four
+REAL = MASK[:, -SIZE:]
+
+
+def padded(ids, mask, left, right):
+    """The rows with more padding on both sides, of ids that no mask should let through."""
+    wide = torch.nn.functional.pad(ids, (left, right), value=7)
+    return wide, torch.nn.functional.pad(mask, (left, right))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_are_those_of_a_float64_softmax_without_the_padding_token(kind, temperature, make_model):
+    model = make_model(kind, seed=3)
+    logprobs, entropies = response_logprobs(model, IDS, MASK, SIZE, temperature, pad_id=0)
+    for row in range(2):
+        real = IDS[row][MASK[row]]
+        z = logits(model, real[None])[0].double() / temperature
+        z[:, 0] = -torch.inf
+        oracle = z.log_softmax(-1)
+        count = int(REAL[row].sum())
+        for t in range(count):
+            p = oracle[len(real) - count + t - 1]
+            assert logprobs[row, t].item() == pytest.approx(p[real[len(real) - count + t]].item(), abs=2e-5)
+            assert entropies[row, t].item() == pytest.approx(-(p.exp() * p)[1:].sum().item(), abs=2e-5)
+
+
+@pytest.mark.parametrize(("left", "right"), [(1, 0), (0, 1), (5, 2), (17, 6)])
+def test_padding_changes_neither_logprobs_nor_values(left, right, make_model, reward_model):
+    model = ActorCritic(make_model("gpt2", seed=3), Critic(reward_model), temperature=0.7, pad_id=0)
+    expected = model(IDS, MASK, SIZE)
+    wide = model(*padded(IDS, MASK, left, right), SIZE + right)
+    for theirs, ours in zip(expected, wide, strict=True):
+        close(ours[:, :SIZE][REAL], theirs[REAL], 1e-5)
+
+
+def test_what_stands_at_masked_positions_changes_nothing(make_model, reward_model):
+    model = ActorCritic(make_model("gpt2", seed=3), Critic(reward_model), temperature=0.7, pad_id=0)
+    other = torch.where(MASK, IDS, 11)
+    for ours, theirs in zip(model(other, MASK, SIZE), model(IDS, MASK, SIZE), strict=True):
+        assert torch.equal(ours[REAL], theirs[REAL])
+
+
+@pytest.mark.parametrize("t", range(SIZE))
+def test_a_token_moves_its_logprob_and_what_follows_only(t, make_model, reward_model):
+    model = ActorCritic(make_model("gpt2", seed=3), Critic(reward_model), temperature=0.7, pad_id=0)
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    changed = IDS.clone()
+    changed[:, -SIZE + t] = 15 - changed[:, -SIZE + t]
+    (logprobs, entropies, values), (new_logprobs, new_entropies, new_values) = (
+        model(ids, mask, SIZE) for ids in (IDS, changed)
+    )
+    moved = [(new - old).abs().amin(0) for new, old in ((new_logprobs, logprobs), (new_values, values))]
+    assert torch.equal(new_logprobs[:, :t], logprobs[:, :t])
+    assert torch.equal(new_entropies[:, : t + 1], entropies[:, : t + 1])
+    assert torch.equal(new_values[:, : t + 1], values[:, : t + 1])
+    assert (moved[0][t:] > 1e-4).all()
+    assert (moved[1][t + 1 :] > 1e-4).all()

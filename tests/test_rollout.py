@@ -1,0 +1,307 @@
+import dataclasses
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from pipeline.config import PPO, Adapter, Sampling
+from pipeline.data import preference_rows, text_ids
+from pipeline.models import ActorCritic, Critic, response_logprobs, with_adapter
+from pipeline.ppo import ppo_loss
+from pipeline.rollout import Experience, Rollout, generate, to_experience
+from pipeline.scoring import reward_model_scores
+from pipeline.tensors import identity
+from pipeline.trainers import decode
+
+PAD, BOS, EOS = 0, 1, 2
+PROMPTS = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate", "he"]
+SAMPLING = Sampling(max_new_tokens=11, max_prompt_tokens=9, temperature=0.7)
+CONFIG = PPO(sampling=SAMPLING, micro_batch=3, kl_coef=0.3, gamma=0.9, lam=0.8, missing_eos_score=-1.5)
+
+
+@pytest.fixture
+def policy(make_model):
+    """A GPT-2 that ends about half of its responses."""
+    return leaning(make_model("gpt2", seed=3), EOS, 2.0)
+
+
+def leaning(model, token, push):
+    """The model with `push` added to one token's logit: the last coordinate of its output carries nothing else."""
+    with torch.no_grad():
+        model.transformer.ln_f.weight[-1] = 0
+        model.transformer.ln_f.bias[-1] = 1
+        model.lm_head.weight[:, -1] = 0
+        model.lm_head.weight[token, -1] = push
+    return model
+
+
+def sample(policy, tokenizer, seed=0, sampling=SAMPLING):
+    torch.manual_seed(seed)
+    return generate(policy, tokenizer, PROMPTS, sampling)
+
+
+# generation
+
+
+def test_what_is_sampled_is_what_is_scored(policy, tokenizer):
+    rollout = sample(policy, tokenizer)
+    torch.manual_seed(0)
+    prompts = rollout.input_ids[:, : -rollout.size]
+    theirs = policy.generate(
+        prompts, attention_mask=rollout.attention_mask[:, : -rollout.size].long(),
+        do_sample=True, top_k=0, top_p=1.0, temperature=0.7, suppress_tokens=[PAD], eos_token_id=EOS, pad_token_id=PAD,
+        max_new_tokens=11, output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    sampled = theirs.sequences[:, prompts.shape[1] :]
+    assert torch.equal(rollout.responses[:, : sampled.shape[1]], sampled)
+    scores = torch.stack(theirs.scores, 1)
+    expected = scores.double().log_softmax(-1).gather(-1, sampled[..., None]).squeeze(-1)
+    ours, _ = response_logprobs(policy, rollout.input_ids, rollout.attention_mask, rollout.size, 0.7, PAD)
+    mask = rollout.response_mask[:, : sampled.shape[1]]
+    torch.testing.assert_close(ours[:, : sampled.shape[1]][mask].double(), expected[mask], atol=1e-4, rtol=0)
+    assert scores.isneginf().sum() == scores[..., PAD].isneginf().sum() == scores[..., 0].numel()
+
+
+def test_a_rollout_is_ragged_and_ends_at_eos(policy, tokenizer):
+    rollout = sample(policy, tokenizer)
+    assert rollout.size == rollout.responses.shape[1] == 11
+    assert rollout.input_ids.shape == rollout.attention_mask.shape == (8, 9 + 11)
+    assert 2 <= rollout.has_eos.sum() <= 6
+    assert len(set(rollout.length.tolist())) > 3
+    for row, (tokens, length) in enumerate(zip(rollout.responses.tolist(), rollout.length.tolist(), strict=True)):
+        assert rollout.has_eos[row] == (EOS in tokens)
+        assert length == (tokens.index(EOS) + 1 if EOS in tokens else 11)
+        assert set(tokens[length:]) <= {PAD}
+        assert PAD not in tokens[:length]
+        assert rollout.response_mask[row].tolist() == [t < length for t in range(11)]
+        prompt = tokenizer(PROMPTS[row])["input_ids"][-9:]
+        assert rollout.input_ids[row, :9].tolist() == [PAD] * (9 - len(prompt)) + prompt
+        assert rollout.attention_mask[row].tolist() == [t >= 9 - len(prompt) and t < 9 + length for t in range(20)]
+    assert len(tokenizer(PROMPTS[2])["input_ids"]) > 9  # one prompt lost its beginning
+
+
+def test_padding_is_never_sampled_however_likely(make_model, tokenizer):
+    rollout = sample(leaning(make_model("gpt2", seed=3), PAD, 50.0), tokenizer)
+    assert (rollout.responses[rollout.response_mask] != PAD).all()
+    assert (rollout.length > 1).any()
+
+
+def test_early_stopping_samples_what_a_fixed_length_does_up_to_eos(policy, tokenizer):
+    rollout = sample(policy, tokenizer)
+    torch.manual_seed(0)
+    prompts, mask = rollout.input_ids[:, :-11], rollout.attention_mask[:, :-11]
+    fixed = policy.generate(
+        prompts, attention_mask=mask.long(), do_sample=True, top_k=0, temperature=0.7, suppress_tokens=[PAD],
+        eos_token_id=None, pad_token_id=PAD, max_new_tokens=11, min_new_tokens=11,
+    )[:, -11:]  # fmt: skip
+    assert torch.equal(rollout.responses[rollout.response_mask], fixed[rollout.response_mask])
+
+
+def test_the_models_own_generation_settings_do_not_warp_the_distribution(policy, tokenizer):
+    expected = sample(policy, tokenizer).input_ids
+    policy.generation_config.update(top_k=2, repetition_penalty=2.0, min_new_tokens=5, num_beams=2, top_p=0.5)
+    assert torch.equal(sample(policy, tokenizer).input_ids, expected)
+
+
+def test_a_rollout_that_ends_early_is_as_wide_as_any(make_model, tokenizer):
+    rollout = sample(leaning(make_model("gpt2"), EOS, 50.0), tokenizer)
+    assert rollout.length.tolist() == [1] * 8
+    assert rollout.responses.tolist() == [[EOS] + [PAD] * 10] * 8
+
+
+def test_generation_leaves_the_mode_and_samples_from_the_adapter(policy, tokenizer):
+    before = sample(policy, tokenizer).input_ids
+    adapted = with_adapter(policy, Adapter(adapter="lora")).train()
+    assert torch.equal(sample(adapted, tokenizer).input_ids, before)
+    assert adapted.training
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    assert not torch.equal(sample(adapted, tokenizer).input_ids, before)
+
+
+# experience from given forwards
+
+
+def given_forwards(poison):
+    """Forwards whose outputs depend on the tokens, with `poison` wherever a slot is masked."""
+
+    def outputs(scale, ids, mask, size):
+        return torch.where(mask[:, -size:], torch.sin(scale * ids[:, -size:].float()), poison)
+
+    def actor_critic(ids, mask, size):
+        return outputs(1.0, ids, mask, size), outputs(2.0, ids, mask, size), outputs(3.0, ids, mask, size)
+
+    def score(ids, mask):
+        return torch.where(mask, ids, 0).sum(1) / 50
+
+    return actor_critic, lambda ids, mask, size: (outputs(4.0, ids, mask, size), None), score
+
+
+def rollout_of(responses, eos):
+    """A rollout with P = 3 and T = 5, from lists of response tokens."""
+    length = torch.tensor([len(row) for row in responses])
+    tokens = torch.tensor([row + [PAD] * (5 - len(row)) for row in responses])
+    mask = torch.arange(5) < length[:, None]
+    prompts, prompt_mask = torch.tensor([[PAD, BOS, 7]] * len(responses)), torch.tensor([[False, True, True]])
+    return Rollout(
+        torch.cat([prompts, tokens], 1), torch.cat([prompt_mask.expand(len(responses), 3), mask], 1),
+        mask, length, torch.tensor(eos),
+    )  # fmt: skip
+
+
+ROLLOUT = rollout_of([[5, 9, EOS], [4, 4, 8, 11, 13], [EOS], [6, 3, 12, EOS]], [True, False, True, True])
+
+
+def experience_of(poison, config=CONFIG, rollout=ROLLOUT, reduce=identity):
+    return to_experience(rollout, *given_forwards(poison), config, reduce)
+
+
+def test_rewards_returns_and_advantages_by_their_definitions():
+    experience = experience_of(0.0)
+    used = [0.48 - 12 / 50 + 0.24, -1.5, 0, 0]
+    raw, rewards = torch.zeros(4, 5, dtype=torch.float64), torch.zeros(4, 5, dtype=torch.float64)
+    for row, length in enumerate(ROLLOUT.length.tolist()):
+        tokens = ROLLOUT.responses[row, :length].tolist()
+        scores = (BOS + 7 + sum(tokens)) / 50
+        assert experience.scores[row].item() == pytest.approx(scores, abs=1e-6)
+        used[row] = scores if EOS in tokens else -1.5
+        kl = [math.sin(y) - math.sin(4 * y) for y in tokens]
+        values = [math.sin(3 * y) for y in tokens] + [0.0]
+        torch.testing.assert_close(experience.kl[row, :length].double(), torch.tensor(kl).double(), atol=1e-5, rtol=0)
+        for t in range(length):
+            rewards[row, t] = -0.3 * kl[t] + (used[row] if t == length - 1 else 0)
+        delta = [rewards[row, t].item() + 0.9 * values[t + 1] - values[t] for t in range(length)]
+        for t in range(length):
+            raw[row, t] = sum((0.9 * 0.8) ** (u - t) * delta[u] for u in range(t, length))
+    mask = ROLLOUT.response_mask
+    torch.testing.assert_close(experience.rewards.double(), rewards, atol=1e-5, rtol=0)
+    totals = torch.tensor(used) - 0.3 * experience.kl.sum(1)
+    torch.testing.assert_close(experience.rewards.sum(1), totals, atol=1e-5, rtol=0)
+    returns = (raw + experience.old_values.double()) * mask
+    torch.testing.assert_close(experience.returns.double(), returns, atol=1e-5, rtol=0)
+    white = (raw[mask] - raw[mask].mean()) / raw[mask].std(correction=0)
+    torch.testing.assert_close(experience.advantages[mask].double(), white, atol=1e-4, rtol=0)
+    assert (experience.advantages[~mask] == 0).all()
+    assert experience.advantages[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert experience.advantages[mask].var(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_missing_eos_keeps_its_score_when_told_so():
+    kept = experience_of(0.0, dataclasses.replace(CONFIG, missing_eos_score=None))
+    replaced = experience_of(0.0)
+    assert torch.equal(kept.scores, replaced.scores)
+    difference = (kept.rewards - replaced.rewards).abs()
+    assert difference[1, 4].item() == pytest.approx(kept.scores[1].item() + 1.5, abs=1e-6)
+    difference[1, 4] = 0
+    assert (difference == 0).all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_masked_slots_reach_nothing(poison):
+    clean, poisoned = experience_of(0.0), experience_of(poison)
+    mask = ROLLOUT.response_mask
+    for field in dataclasses.fields(Experience):
+        ours, theirs = getattr(poisoned, field.name), getattr(clean, field.name)
+        if field.name in ("old_logprobs", "old_values"):
+            ours, theirs = ours[mask], theirs[mask]
+        assert torch.equal(ours, theirs), field.name
+        assert ours.isfinite().all(), field.name
+    results = []
+    for experience, fill in ((clean, 0.0), (poisoned, poison)):
+        leaves = [torch.where(mask, torch.full((4, 5), x), fill).requires_grad_() for x in (0.1, 0.2, 0.3)]
+        loss, sums = ppo_loss(lambda *_, made=leaves: made, experience, CONFIG, mask.sum(), True)
+        loss.backward()
+        results.append([loss, *sums.values(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.isfinite().all()
+
+
+def test_the_micro_batch_changes_nothing_and_may_not_divide():
+    for micro in (1, 2, 4, 7):
+        other = experience_of(0.0, dataclasses.replace(CONFIG, micro_batch=micro))
+        assert all(
+            torch.equal(getattr(other, f.name), getattr(experience_of(0.0), f.name)) for f in dataclasses.fields(other)
+        )
+
+
+def test_whitening_takes_its_moments_over_all_processes():
+    """Two processes with unequal token counts whiten as one does that holds all rows."""
+    halves = [rollout_of([[5, 9, EOS], [EOS]], [True, True]), rollout_of([[4, 4, 8, 11, 13], [6, EOS]], [False, True])]
+    whole = Rollout(*(torch.cat([getattr(h, f.name) for h in halves]) for f in dataclasses.fields(Rollout)))
+    sent: list[list[torch.Tensor]] = [[], []]
+
+    def record(x, number):
+        sent[number].append(x)
+        return x
+
+    def replay(x, sums):
+        return next(sums)
+
+    for number, half in enumerate(halves):
+        experience_of(0.0, rollout=half, reduce=partial(record, number=number))
+    first = sent[0][0] + sent[1][0]
+    for number in (0, 1):  # the second sum is of squares around the global mean, which needs the first
+        sent[number].clear()
+        experience_of(
+            0.0, rollout=halves[number], reduce=lambda x, n=number: record(x, n) if sent[n] else record(first, n)
+        )
+    second = sent[0][1] + sent[1][1]
+    parts = [
+        experience_of(0.0, rollout=half, reduce=partial(replay, sums=iter([first, second]))).advantages
+        for half in halves
+    ]
+    torch.testing.assert_close(torch.cat(parts), experience_of(0.0, rollout=whole).advantages, atol=1e-6, rtol=0)
+
+
+def test_rows_of_an_experience_are_picked_together():
+    part = experience_of(0.0)[torch.tensor([3, 1])]
+    assert len(part) == 2
+    assert part.size == 5
+    for field in dataclasses.fields(Experience):
+        assert torch.equal(getattr(part, field.name), getattr(experience_of(0.0), field.name)[[3, 1]])
+
+
+# experience from models
+
+
+def test_the_reward_model_reads_the_very_ids_it_was_trained_on(policy, reward_model, tokenizer):
+    seen = []
+
+    def score(ids, mask):
+        seen.extend(row[real].tolist() for row, real in zip(ids, mask, strict=True))
+        return reward_model_scores(reward_model, ids, mask)
+
+    actor_critic = ActorCritic(policy, Critic(reward_model), 0.7, PAD)
+    rollout = sample(policy, tokenizer, sampling=dataclasses.replace(SAMPLING, max_prompt_tokens=40))
+    to_experience(rollout, actor_critic, lambda *x: response_logprobs(policy, *x, 0.7, PAD), score, CONFIG, identity)
+    plain = 0
+    for row, prompt in enumerate(PROMPTS):
+        tokens = rollout.responses[row, : rollout.length[row]].tolist()
+        completion = decode(tokenizer, tokens)
+        if rollout.has_eos[row] and not {BOS, tokenizer.unk_token_id} & set(tokens):
+            plain += 1
+            assert seen[row] == text_ids(tokenizer, prompt, completion)
+            rows, _ = preference_rows(tokenizer, [{"prompt": prompt, "chosen": completion, "rejected": "a"}], 99)
+            assert seen[row] == rows["chosen_ids"][0]
+    assert plain >= 2
+    assert len(seen) == len(PROMPTS)
+
+
+def test_the_kl_is_exactly_zero_against_itself_and_nothing_has_a_gradient(policy, reward_model, tokenizer):
+    actor_critic = ActorCritic(policy, Critic(reward_model), 0.7, PAD)
+    reference = partial(response_logprobs, policy, temperature=0.7, pad_id=PAD)
+    rollout = sample(policy, tokenizer)
+    score = partial(reward_model_scores, reward_model)
+    experience = to_experience(
+        rollout, actor_critic, lambda ids, mask, size: reference(ids, mask, size), score, CONFIG, identity
+    )
+    assert (experience.kl == 0).all()
+    assert (experience.rewards != 0).sum(1).tolist() == [1] * 8
+    assert not any(getattr(experience, field.name).requires_grad for field in dataclasses.fields(Experience))
+    last = rollout.length - 1
+    used = torch.where(rollout.has_eos, experience.scores, -1.5)
+    assert torch.equal(experience.rewards.gather(1, last[:, None]).squeeze(1), used)
