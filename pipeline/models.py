@@ -117,16 +117,17 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
 
     Raises ModelError for a checkpoint that lacks weights: transformers would draw them at random.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
     )
+    model, info = loaded
     if info["missing_keys"]:
         raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
     return without_dropout(merge_adapter(model))
 
 
 def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its adapter added into its weights and every adapter layer gone; in place."""
+    """The model with its adapter added into its weights, every adapter layer gone and all trainable; in place."""
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
     for name, layer in layers:
         layer.merge(safe_merge=True)
@@ -134,6 +135,7 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     if layers:
         model._hf_peft_config_loaded = False  # save_pretrained would otherwise write an adapter alone
         del model.peft_config
+        model.requires_grad_(True)  # the adapter's loading froze the base
         # Left by the adapter's loading: save_pretrained would apply them to the name of every weight.
         vars(model).pop("_weight_conversions", None)
     return model
@@ -317,6 +319,7 @@ def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path
             if not any(part.startswith(("lora_", "ia3_")) for part in name.split("."))
         }
         policy.peft_config["default"].base_model_name_or_path = None
+        base.name_or_path = None  # else PEFT writes this path again
         policy.save_pretrained(str(folder))
         (folder / "README.md").unlink()  # a model card with empty headings
     else:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ from pipeline.trainers import decode, quiet
 def train(config: PPO, score: ScoreFunction | None = None) -> Path:
     """Trains the policy and returns its `final` directory; `score` replaces the reward model's score when given."""
     quiet()
+    config.micro_batches(PartialState().num_processes)  # a batch that does not divide is refused before any work
     sft, reward = config.run.final("sft", config.sft), config.run.final("reward", config.reward)
     stage = StageRun("ppo", config, {"sft": sft, "reward": reward}, [config.train_file, config.validation_file])
     if stage.is_finished():

@@ -69,7 +69,9 @@ def read_done(final: Path) -> dict[str, Any]:
     if not (final / "DONE.json").is_file():
         what = "not finished (no DONE.json there)" if final.exists() else "not there"
         stage = final.parent.name
-        how = f"run {stage} first, for example `make {stage}`" if final.name == "final" else "a stage's final/ is needed"
+        how = (
+            f"run {stage} first, for example `make {stage}`" if final.name == "final" else "a stage's final/ is needed"
+        )
         raise StageError(f"{final}: {what}: {how}")
     return json.loads((final / "DONE.json").read_text(encoding="utf-8"))
 

@@ -132,7 +132,7 @@ class NextTokenTrainer(SFTTrainer):
     ) -> Any:
         """Sum of the token losses over the number of tokens in the optimiser step on all processes."""
         ids = inputs["input_ids"]
-        # Rows are padded and masked, or (packed by bfd_split) joined into one whose positions say where each text starts.
+        # Rows are padded and masked, or (by bfd_split) joined into one whose positions say where each text starts.
         place = "attention_mask" if "attention_mask" in inputs else "position_ids"
         outputs = model(input_ids=ids, use_cache=False, **{place: inputs[place]})
         losses, mask = next_token_loss(outputs.logits, inputs["labels"], self.label_smoothing)

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,12 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer: Tokenizer) -> ModelMaker:
-    """make_model("gpt2" | "llama", seed, dropout): a tiny random language model in eval mode."""
+    """make_model("gpt2" | "llama", seed, dropout, lean): a tiny random language model in eval mode.
 
-    def make(kind: str, seed: int = 0, dropout: float = 0.0) -> PreTrainedModel:
+    `lean` = (token, push) adds push to that token's logit (GPT-2): its last output coordinate then carries that alone.
+    """
+
+    def make(kind: str, seed: int = 0, dropout: float = 0.0, lean: tuple[int, float] | None = None) -> PreTrainedModel:
         torch.manual_seed(seed)
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
         common = {"vocab_size": len(tokenizer), "initializer_range": 0.5, "attention_dropout": dropout} | special
@@ -46,7 +50,13 @@ def make_model(tokenizer: Tokenizer) -> ModelMaker:
             return LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=40, **sizes, **common)).eval()
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
         dropouts = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-        return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **common)).eval()
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **common)).eval()
+        if lean is not None:
+            with torch.no_grad():
+                model.transformer.ln_f.weight[-1], model.transformer.ln_f.bias[-1] = 0, 1
+                model.lm_head.weight[:, -1] = 0
+                model.lm_head.weight[lean[0], -1] = lean[1]
+        return model
 
     return make
 
@@ -58,6 +68,12 @@ def saved(make_model: ModelMaker, tokenizer: Tokenizer, tmp_path_factory: pytest
     for kind in ("gpt2", "llama"):
         save_policy(make_model(kind), tokenizer, folder / kind)
     return {kind: folder / kind for kind in ("gpt2", "llama")}
+
+
+@pytest.fixture
+def policy(make_model: ModelMaker, tokenizer: Tokenizer) -> PreTrainedModel:
+    """A GPT-2 that ends some of its responses early, some late and some not at all."""
+    return make_model("gpt2", seed=3, lean=(tokenizer.eos_token_id, 1.0))
 
 
 @pytest.fixture

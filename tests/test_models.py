@@ -130,12 +130,16 @@ def test_a_saved_policy_loads_anywhere(kind, adapter, make_model, tokenizer, sav
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 
+    if adapter.adapter != "none":
+        named = json.loads((tmp_path / "moved" / "adapter_config.json").read_text())
+        assert named["base_model_name_or_path"] is None  # any path would be wrong after a move
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "moved").eval()
     close(logits(stock), before, 1e-6)
     assert bool(adapter_layers(stock)) == (adapter.adapter != "none")
     merged = load_language_model(tmp_path / "moved").eval()
     close(logits(merged), before, 1e-5)
     assert adapter_layers(merged) == []
+    assert all(parameter.requires_grad for parameter in merged.parameters())
     merged.save_pretrained(tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("adapter*"))
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), before, 1e-5)

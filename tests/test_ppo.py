@@ -1,0 +1,460 @@
+import copy
+import dataclasses
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from pipeline import ppo, pretrain, reward, sft
+from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Reward, Run, Sampling
+from pipeline.models import ActorCritic, Critic, frozen, load_reward_model, response_logprobs, with_adapter
+from pipeline.rollout import generate, to_experience
+from pipeline.run import read_done
+from pipeline.scoring import reward_model_scores
+from pipeline.tensors import identity
+
+PAD, BOS, EOS = 0, 1, 2
+PROMPTS = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate", "he"]
+CONFIG = PPO(
+    adapter=Adapter(adapter="none"),
+    sampling=Sampling(max_new_tokens=9, max_prompt_tokens=12, temperature=0.7),
+    rollouts=4, rollout_batch=8, epochs=3, minibatches=2, micro_batch=2, learning_rate=3e-3, critic_learning_rate=2e-3,
+    kl_coef=0.2, gamma=0.9, lam=0.8, critic_warmup=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def actor_critic(policy, reward_model):
+    return ActorCritic(policy, Critic(reward_model), CONFIG.sampling.temperature, PAD)
+
+
+def rollout_of(actor_critic, tokenizer, seed=1, prompts=PROMPTS, sampling=CONFIG.sampling):
+    torch.manual_seed(seed)
+    return generate(actor_critic.policy, tokenizer, prompts, sampling)
+
+
+@pytest.fixture
+def experience(actor_critic, reward_model, make_model, tokenizer):
+    """Ragged responses, with and without EOS, against a reference that is not the policy."""
+    reference = partial(response_logprobs, frozen(make_model("gpt2", seed=8)), temperature=0.7, pad_id=PAD)
+    score = partial(reward_model_scores, reward_model)
+    made = to_experience(rollout_of(actor_critic, tokenizer), actor_critic, reference, score, CONFIG, identity)
+    assert len(set(made.response_mask.sum(1).tolist())) >= 3
+    assert 1 <= made.has_eos.sum() <= 7
+    return made
+
+
+def weights(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def same(module, before):
+    return all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+
+
+def run_update(actor_critic, experience, accelerator, config=CONFIG, trains_policy=True):
+    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    torch.manual_seed(0)
+    return ppo.update(actor_critic, optimizer, experience, config, accelerator, trains_policy)
+
+
+# what an update is made of
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 64])
+def test_without_a_learning_rate_every_ratio_is_one(micro_batch, actor_critic, experience, accelerator):
+    config = dataclasses.replace(CONFIG, micro_batch=micro_batch, learning_rate=0.0, critic_learning_rate=0.0)
+    seen = []
+
+    def record(_, inputs, outputs):
+        rows = [(experience.input_ids == row).all(1).nonzero()[0, 0] for row in inputs[0]]
+        real = inputs[1][:, -experience.size :]
+        seen.append((outputs[0] - experience.old_logprobs[torch.stack(rows)])[real].abs().max().item())
+
+    actor_critic.register_forward_hook(record)
+    metrics = run_update(actor_critic, experience, accelerator, config)
+    assert len(seen) == 3 * 2 * -(-4 // min(micro_batch, 4))
+    assert max(seen) < 1e-5
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["approx_kl"] < 1e-10
+    assert metrics["clip_fraction"] == metrics["value_clip_fraction"] == 0
+
+
+def test_the_first_step_starts_at_the_rollouts_policy_exactly(actor_critic, experience):
+    """The forward of training on the micro-batches of the rollout repeats its log-probabilities bit for bit."""
+    for rows in torch.arange(8).split(CONFIG.micro_batch):
+        _, sums = ppo.ppo_loss(actor_critic, experience[rows], CONFIG, experience.response_mask[rows].sum(), True)
+        assert sums["ratio"].item() == pytest.approx(1, abs=1e-6)
+        assert sums["approx_kl"].item() == sums["clip_fraction"].item() == sums["value_clip_fraction"].item() == 0
+    config = dataclasses.replace(CONFIG, micro_batch=8)
+    _, sums = ppo.ppo_loss(actor_critic, experience, config, experience.response_mask.sum(), True)
+    mean_advantage = experience.advantages[experience.response_mask].mean()
+    assert sums["policy_loss"].item() == pytest.approx(-mean_advantage.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_the_gradient_does_not_depend_on_the_micro_batch(micro, actor_critic, experience):
+    config = dataclasses.replace(CONFIG, entropy_coef=0.3)
+    moved = dataclasses.replace(experience, old_logprobs=experience.old_logprobs + 0.1)  # ratios that are not one
+
+    def gradient(size):
+        actor_critic.zero_grad()
+        totals = {}
+        for rows in torch.arange(8).split(size):
+            loss, sums = ppo.ppo_loss(actor_critic, moved[rows], config, moved.response_mask.sum(), True)
+            loss.backward()
+            totals = {name: totals.get(name, 0) + value.item() for name, value in sums.items()}
+        return torch.cat([parameter.grad.flatten() for parameter in actor_critic.parameters()]), totals
+
+    (whole, totals), (parts, part_totals) = gradient(8), gradient(micro)
+    assert whole.abs().max() > 1e-2
+    torch.testing.assert_close(parts, whole, atol=1e-6 * max(1.0, whole.abs().max().item()), rtol=1e-5)
+    assert part_totals == pytest.approx(totals, abs=1e-5)
+
+
+def test_update_accumulates_the_gradient_of_the_whole_minibatch(actor_critic, experience, accelerator):
+    """One epoch of one minibatch, in micro-batches that do not even divide it, is one step on the whole batch."""
+    config = dataclasses.replace(CONFIG, epochs=1, minibatches=1, entropy_coef=0.3)
+    actor_critic.zero_grad()
+    loss, _ = ppo.ppo_loss(actor_critic, experience, config, experience.response_mask.sum(), True)
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in actor_critic.parameters()]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert norm > config.max_grad_norm
+    actor_critic.zero_grad()
+    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    used = []
+    optimizer.register_step_pre_hook(lambda *_: used.extend(p.grad.clone() for p in actor_critic.parameters()))
+    metrics = ppo.update(
+        actor_critic, optimizer, experience, dataclasses.replace(config, micro_batch=3), accelerator, True
+    )
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    for ours, theirs in zip(used, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs / norm, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 2), (2, 4), (1, 8)])
+def test_each_epoch_steps_once_per_minibatch_and_uses_each_sequence_once(
+    epochs, minibatches, actor_critic, experience, accelerator
+):
+    config = dataclasses.replace(CONFIG, epochs=epochs, minibatches=minibatches)
+    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    steps, used = [], []
+    optimizer.register_step_post_hook(lambda *_: steps.append(len(used)))
+    actor_critic.register_forward_pre_hook(lambda _, inputs: used.extend(map(tuple, inputs[0].tolist())))
+    torch.manual_seed(0)
+    ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
+    size = 8 // minibatches
+    assert steps == [size * (n + 1) for n in range(epochs * minibatches)]
+    epochs_used = [used[8 * n : 8 * n + 8] for n in range(epochs)]
+    rows = sorted(map(tuple, experience.input_ids.tolist()))
+    assert [sorted(epoch) for epoch in epochs_used] == [rows] * epochs
+    assert len(set(map(tuple, epochs_used))) == epochs  # each in an order of its own
+
+
+def test_the_loss_is_linear_in_its_coefficients(actor_critic, experience):
+    tokens = experience.response_mask.sum()
+
+    def loss(value_coef, entropy_coef, trains_policy=True):
+        config = dataclasses.replace(CONFIG, value_coef=value_coef, entropy_coef=entropy_coef)
+        return ppo.ppo_loss(actor_critic, experience, config, tokens, trains_policy)
+
+    _, sums = loss(0.0, 0.0)
+    for value_coef, entropy_coef in itertools.product((0.0, 0.5, 2.0), (0.0, 0.01, 1.0)):
+        expected = sums["policy_loss"] + value_coef * sums["value_loss"] - entropy_coef * sums["entropy"]
+        assert loss(value_coef, entropy_coef)[0].item() == pytest.approx(expected.item(), abs=1e-5)
+        warm = loss(value_coef, entropy_coef, False)[0].item()
+        assert warm == pytest.approx(value_coef * sums["value_loss"].item(), abs=1e-6)
+    assert sums["entropy"].item() > 0.1
+    loss(0.0, 0.01)[0].backward()
+    assert all(not p.grad.any() for p in actor_critic.critic.parameters() if p.grad is not None)
+    assert any(p.grad.any() for p in actor_critic.policy.parameters())
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "ia3"])
+def test_policy_and_critic_move_and_the_reference_does_not(
+    adapter, actor_critic, experience, accelerator, reward_model, saved
+):
+    if adapter != "none":
+        actor_critic.policy = with_adapter(actor_critic.policy, Adapter(adapter=adapter))
+    reference = ppo.make_reference(actor_critic, saved["gpt2"], accelerator)
+    ids, mask, size = experience.input_ids, experience.attention_mask, experience.size
+    real = experience.response_mask
+    with torch.no_grad():
+        expected, own = reference(ids, mask, size)[0], actor_critic(ids, mask, size)[0]
+    assert torch.equal(expected[real], own[real]) == (adapter != "none")
+    frozen_before = weights(reward_model)
+    policy, critic = weights(actor_critic.policy), weights(actor_critic.critic)
+    run_update(actor_critic, experience, accelerator)
+    changed = {n for n, p in actor_critic.policy.named_parameters() if not torch.equal(p, policy[n])}
+    trainable = {n for n, p in actor_critic.policy.named_parameters() if p.requires_grad}
+    assert changed
+    assert changed <= trainable
+    assert len(changed) >= 0.9 * len(trainable)
+    assert not same(actor_critic.critic, critic)
+    assert not torch.equal(actor_critic.critic.shift, critic["shift"])
+    with torch.no_grad():
+        assert torch.equal(reference(ids, mask, size)[0][real], expected[real])
+        assert not torch.equal(actor_critic(ids, mask, size)[0][real], own[real])
+    assert same(reward_model, frozen_before)
+
+
+def test_in_warm_up_only_the_critic_learns(actor_critic, experience, accelerator):
+    policy, critic = weights(actor_critic.policy), weights(actor_critic.critic)
+    config = dataclasses.replace(CONFIG, entropy_coef=0.1)
+    metrics = run_update(actor_critic, experience, accelerator, config, trains_policy=False)
+    assert same(actor_critic.policy, policy)
+    assert not same(actor_critic.critic, critic)
+    assert metrics["approx_kl"] < 1e-10
+
+
+def test_two_updates_from_one_seed_are_the_same_to_the_bit(policy, reward_model, experience, accelerator):
+    results = []
+    for _ in range(2):
+        actor_critic = ActorCritic(copy.deepcopy(policy), Critic(reward_model), 0.7, PAD)
+        results.append((run_update(actor_critic, experience, accelerator), weights(actor_critic)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+# schedule, prompts, the check of the first rollout, metrics
+
+
+def test_every_learning_rate_falls_linearly_and_the_last_is_above_zero(actor_critic):
+    optimizer, scheduler = ppo.make_optimizer(actor_critic, CONFIG)
+    rates = []
+    for _ in range(CONFIG.rollouts):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    shares = (1.0, 0.75, 0.5, 0.25)
+    assert rates == [pytest.approx([3e-3 * share, 2e-3 * share]) for share in shares]
+    held = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    assert held[0] == {id(p) for p in actor_critic.policy.parameters()}
+    assert held[1] == {id(p) for p in actor_critic.critic.parameters()}
+    assert {group["eps"] for group in optimizer.param_groups} == {CONFIG.adam_eps}
+
+
+def test_no_prompt_comes_twice_in_a_pass_and_ranks_share_out_a_batch():
+    batches = list(itertools.islice(ppo.prompt_batches(11, 4, seed=0), 6))
+    for first in range(0, 6, 2):  # two batches of four to a pass over eleven
+        rows = batches[first] + batches[first + 1]
+        assert len(set(rows)) == 8
+        assert set(rows) <= set(range(11))
+    assert len(set(map(tuple, batches))) == 6
+    assert batches == list(itertools.islice(ppo.prompt_batches(11, 4, seed=0), 6))
+    assert batches != list(itertools.islice(ppo.prompt_batches(11, 4, seed=1), 6))
+    with pytest.raises(ValueError, match="12, but there are 11"):
+        next(ppo.prompt_batches(11, 12, seed=0))
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_first_rollout_only(experience, accelerator):
+    with pytest.raises(RuntimeError, match="differs from its reference"):
+        ppo.check_first_rollout(0, experience, accelerator)
+    ppo.check_first_rollout(1, experience, accelerator)
+    ppo.check_first_rollout(0, dataclasses.replace(experience, kl=0 * experience.kl), accelerator)
+
+
+def test_metrics_are_those_of_numpy(experience, accelerator):
+    metrics = ppo.rollout_metrics(experience, accelerator, CONFIG)
+    mask = experience.response_mask
+    rows = [experience.kl[row, mask[row]].double() for row in range(8)]
+    tokens = torch.cat(rows)
+    scores = experience.scores.double()
+    returns, values = experience.returns[mask].double(), experience.old_values[mask].double()
+    expected = {
+        "score": scores.mean(),
+        "score_std": scores.std(correction=0),
+        "kl": sum(row.sum() for row in rows) / 8,
+        "kl_per_token": tokens.mean(),
+        "kl_k3_per_token": ((-tokens).exp() - 1 + tokens).mean(),
+        "reward": torch.where(experience.has_eos, scores, -1.0).mean() - 0.2 * sum(row.sum() for row in rows) / 8,
+        "length": torch.tensor(len(tokens) / 8),
+        "eos_share": experience.has_eos.double().mean(),
+        "return": returns.mean(),
+        "explained_variance": 1 - (returns - values).var() / returns.var(),
+        "kl_coef": 0.2,
+    }
+    assert metrics == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-4)
+
+
+# learning
+
+
+def learn(make_model, tokenizer, reward_model, score, config, rollouts, accelerator):
+    """Mean scores and KLs of rollouts by PPO from a tiny policy that is its own reference."""
+    make = partial(make_model, "gpt2", seed=3, lean=(EOS, 1.0))
+    actor_critic = ActorCritic(make(), Critic(reward_model), config.sampling.temperature, PAD)
+    reference = partial(response_logprobs, frozen(make()), temperature=config.sampling.temperature, pad_id=PAD)
+    optimizer, scheduler = ppo.make_optimizer(actor_critic, dataclasses.replace(config, rollouts=rollouts))
+    history = []
+    torch.manual_seed(0)
+    for _ in range(rollouts):
+        rollout = generate(actor_critic.policy, tokenizer, PROMPTS * 4, config.sampling)
+        experience = to_experience(rollout, actor_critic, reference, score, config, identity)
+        history.append(ppo.rollout_metrics(experience, accelerator, config))
+        ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
+        scheduler.step()
+    return history
+
+
+LEARNING = dataclasses.replace(
+    CONFIG, rollout_batch=32, micro_batch=32, minibatches=1, epochs=4, learning_rate=3e-3, critic_learning_rate=1e-2,
+    kl_coef=0.01, gamma=1.0, lam=0.95, missing_eos_score=None,
+    sampling=Sampling(max_new_tokens=6, max_prompt_tokens=14, temperature=0.7),
+)  # fmt: skip
+
+
+def share_of(token, ids, mask):
+    """Share of one token among the last six slots: 1 when the policy writes nothing else."""
+    return ((ids[:, -6:] == token) & mask[:, -6:]).sum(1) / 6
+
+
+@pytest.mark.parametrize("kl_coef", [0.01, 20.0])
+def test_ppo_learns_to_write_one_token_unless_the_kl_forbids_it(
+    kl_coef, make_model, tokenizer, reward_model, accelerator
+):
+    config = dataclasses.replace(LEARNING, kl_coef=kl_coef)
+    history = learn(make_model, tokenizer, reward_model, partial(share_of, 9), config, 30, accelerator)
+    first, last = history[0], history[-1]
+    assert first["score"] < 0.2
+    assert first["kl"] == pytest.approx(0, abs=1e-5)
+    if kl_coef == 0.01:
+        assert last["score"] > 0.8
+        assert last["kl"] > 10
+    else:
+        assert last["score"] < 0.3
+        assert sum(row["kl"] for row in history[-8:]) / 8 < 2
+
+
+def test_ppo_learns_to_stop(make_model, tokenizer, reward_model, accelerator):
+    """The EOS is an action: were it outside the mask, nothing would make it likelier."""
+    history = learn(
+        make_model, tokenizer, reward_model, lambda ids, mask: -mask[:, -6:].sum(1).float(), LEARNING, 30, accelerator
+    )
+    assert history[0]["length"] > 4
+    assert history[-1]["length"] < 1.5
+    assert history[-1]["eos_share"] > 0.9
+
+
+# the stage, on parents made by the other stages
+
+
+def write(folder, name, rows):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """A recipe's folder with its finished pretrain, sft and reward stages, and a file of prompts."""
+    folder = tmp_path_factory.mktemp("parents")
+    words = ["cat", "dog", "hat", "sea"]
+    texts = [f"the {a} saw the {b} and the {c}." for a in words for b in words for c in words[:2]]
+    prompts = write(folder, "prompts.jsonl", [{"prompt": text[:11]} for text in texts[:20]])
+    run = Run(recipe="tiny", runs=str(folder / "runs"), precision="fp32", report_to="none")
+    optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=8)
+    corpus = write(folder, "texts.jsonl", [{"text": text} for text in texts])
+    pretrain.train(
+        Pretrain(
+            run=run, optim=optim, train_file=corpus, validation_file=corpus, tokenizer="char", hidden_size=16,
+            intermediate_size=24, layers=1, heads=2, context=32, sample_tokens=4,
+        )
+    )  # fmt: skip
+    rows = write(folder, "sft.jsonl", [{"prompt": text[:11], "completion": text[11:]} for text in texts])
+    adapter = Adapter(adapter="lora", lora_rank=2)
+    sft.train(SFT(run=run, optim=optim, adapter=adapter, train_file=rows, validation_file=rows))
+    pairs = [{"chosen": text, "rejected": text[::-1], "margin": n % 3} for n, text in enumerate(texts)]
+    file = write(folder, "pairs.jsonl", pairs)
+    reward.train(
+        Reward(
+            run=run, optim=optim, train_file=file, validation_file=file, test_file=file, prompts_file=prompts,
+            centre_prompts=20, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16),
+        )
+    )  # fmt: skip
+    return folder
+
+
+def stage_config(parents, runs, **dials):
+    finals = {stage: str(parents / "runs" / "tiny" / stage / "final") for stage in ("sft", "reward")}
+    prompts = str(parents / "prompts.jsonl")
+    config = PPO(
+        run=Run(recipe="tiny", runs=str(runs), precision="fp32", report_to="none", seed=3),
+        adapter=Adapter(adapter="lora", lora_rank=2),
+        sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16, temperature=0.7),
+        train_file=prompts, validation_file=prompts, rollouts=4, rollout_batch=8, micro_batch=4, epochs=2,
+        minibatches=2, critic_warmup=1, eval_every=2, eval_prompts=6, **finals,
+    )  # fmt: skip
+    return dataclasses.replace(config, **dials)
+
+
+def logged(final):
+    lines = (final.parent / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_the_stage_trains_from_its_parents(adapter, parents, tmp_path):
+    final = ppo.train(stage_config(parents, tmp_path, adapter=Adapter(adapter=adapter, lora_rank=2)))
+    rows = logged(final)
+    evaluations, rollouts = [r for r in rows if "eval_kl" in r], [r for r in rows if "ratio" in r]
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    assert [row["step"] for row in rollouts] == [0, 1, 2, 3]
+    assert [row["learning_rate"] for row in rollouts] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert evaluations[0]["eval_kl"] == rollouts[0]["kl"] == 0
+    assert rollouts[0]["approx_kl"] < 1e-10  # warm-up: the policy stands still
+    assert rollouts[0]["clip_fraction"] == 0
+    assert abs(rollouts[1]["kl"]) < 1e-4
+    assert rollouts[2]["kl"] != 0
+    done = read_done(final)
+    assert set(done["parents"]) == {"sft", "reward"}
+    assert done["metrics"] == {k: v for k, v in evaluations[-1].items() if k != "step"}
+    critic, before = load_reward_model(final / "critic"), load_reward_model(parents / "runs/tiny/reward/final")
+    assert critic.config.score_shift != before.config.score_shift
+    assert not same(critic, weights(before))
+    assert len((final.parent / "samples.jsonl").read_text().splitlines()) == 3 * 6
+
+
+def test_a_batch_that_does_not_divide_is_refused(parents, tmp_path):
+    with pytest.raises(ConfigError, match="6 does not divide by 4"):
+        ppo.train(stage_config(parents, tmp_path, rollout_batch=12, micro_batch=4))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_given_score_replaces_the_reward_model_and_one_seed_gives_one_result(parents, tmp_path):
+    def score(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return mask.sum(1).float()
+
+    finals = [ppo.train(stage_config(parents, tmp_path / name, rollouts=2), score) for name in ("a", "b")]
+    first, second = (logged(final) for final in finals)
+    assert first == second
+    for row in first:
+        if "ratio" in row:
+            assert row["score"] > row["length"]  # prompt and response, counted
+    files = sorted(path.relative_to(finals[0]) for path in finals[0].rglob("*.safetensors"))
+    assert Path("adapter_model.safetensors") in files
+    for file in files:
+        ours, theirs = load_file(finals[0] / file), load_file(finals[1] / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
+
+
+def test_the_first_rollout_scores_about_zero(parents, tmp_path):
+    """The reward's shift was set on samples of this very policy."""
+    config = stage_config(parents, tmp_path, rollouts=2, eval_prompts=20, eval_every=2)
+    rows = logged(ppo.train(dataclasses.replace(config, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16))))
+    scores = [row["score"] for row in rows if "score" in row]
+    spread = [row["score_std"] for row in rows if "score" in row]
+    assert abs(scores[0]) < 4 * spread[0] / 8**0.5

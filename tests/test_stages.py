@@ -1,0 +1,292 @@
+"""The smoke recipe from raw text to the page, as a user runs it; and SFT and PPO once more on two CPU processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from pipeline import config, evaluate, merge, ppo, pretrain, reward, sft
+from pipeline.config import parse
+from pipeline.run import read_done, stage_main, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "merge": merge, "evaluate": evaluate}
+KINDS = {kind.__name__.lower(): kind for kind in config.Config.__constraints__}
+PROMPT = "Just saw this with my"
+LAUNCH = (
+    *("-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"),
+    # What starts several processes is called multi_gpu; where no GPU is visible they are CPU processes joined by gloo.
+    *("--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"),
+)
+
+pytestmark = pytest.mark.skipif(not (ROOT / "data/imdb/SOURCES.json").is_file(), reason="run make data")
+
+
+@dataclass(frozen=True)
+class Chain:
+    runs: Path
+    printed: dict[str, str]
+
+    def final(self, stage: str) -> Path:
+        return self.runs / "smoke" / stage / "final"
+
+    def metrics(self, stage: str) -> list[dict[str, float]]:
+        file = self.final(stage).parent / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What the command leaves; run from the project's folder with one thread and nobody at the terminal."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def dials(stage: str, runs: Path, *more: str) -> list[str]:
+    return ["--config", str(ROOT / f"configs/smoke/{stage}.yaml"), "--runs", str(runs), *more]
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory) -> Chain:
+    """All stages, each its own process, in a folder that is then moved."""
+    folder = tmp_path_factory.mktemp("chain")
+
+    def printed(stage: str) -> str:
+        more = ["--prompt", PROMPT] if stage == "chat" else []
+        done = python(f"stages/{stage}.py", *dials(stage, folder / "first", *more))
+        assert done.returncode == 0, f"{stage}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    texts = {stage: printed(stage) for stage in ("pretrain", "sft", "reward", "ppo", "merge")}
+    with ThreadPoolExecutor() as pool:  # neither reads what the other writes
+        texts |= zip(("evaluate", "chat"), pool.map(printed, ("evaluate", "chat")), strict=True)
+    return Chain((folder / "first").rename(folder / "moved"), texts)
+
+
+@pytest.fixture(autouse=True)
+def project_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the recipes name data/imdb from there
+
+
+def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
+    return {
+        str(file): (sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@torch.no_grad()
+def logits(folder: Path, text: str = PROMPT) -> torch.Tensor:
+    """What stock transformers computes from a folder alone."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    return model(**AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", return_token_type_ids=False)).logits
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_finished_and_whole(chain, stage):
+    done = verify(chain.final(stage))
+    assert done["stage"] == stage
+    assert {path.name for path in chain.final(stage).parent.iterdir()} >= {"config.yaml", "run.json", "final"}
+    assert not (chain.final(stage).parent / "attempts").exists()
+    for name, parent in done["parents"].items():  # relative: they stand where the moved folder stands
+        folder = (chain.final(stage) / parent["path"]).resolve()
+        assert folder.is_relative_to(chain.runs)
+        assert read_done(folder)["fingerprint"] == done["base"][name]
+    assert json.loads((chain.final(stage).parent / "run.json").read_text())["processes"] == 1
+
+
+def test_stock_transformers_loads_every_policy_from_another_folder(chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, tuned, aligned, merged = (logits(chain.final(stage)) for stage in ("pretrain", "sft", "ppo", "merge"))
+    size = merged.abs().max()
+    assert (aligned - merged).abs().max() < 1e-5 * size
+    assert (tuned - base).abs().max() > 1e-3 * size
+    assert (merged - tuned).abs().max() > 1e-4 * size  # PPO moved it
+
+
+def test_stock_transformers_loads_reward_model_and_critic_with_their_heads(chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (chain.final("reward"), chain.final("ppo") / "critic"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert model.num_labels == 1
+    assert read_done(chain.final("reward"))["metrics"]["score_shift"] == pytest.approx(
+        AutoModelForSequenceClassification.from_pretrained(chain.final("reward")).config.score_shift
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_run_skips_and_leaves_every_file_untouched(chain, stage, capsys):
+    before = snapshot(chain.runs)
+    assert STAGES[stage].train(parse(KINDS[stage], dials(stage, chain.runs))) == chain.final(stage)
+    assert f"{stage}: finished already, skipped" in capsys.readouterr().out
+    assert snapshot(chain.runs) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "dial", "value"),
+    [
+        ("pretrain", "layers", "3"),
+        ("sft", "label_smoothing", "0.2"),
+        ("reward", "centre_prompts", "8"),
+        ("ppo", "clip", "0.3"),
+        ("merge", "seed", "1"),
+        ("evaluate", "prompts", "30"),
+    ],
+)
+def test_a_changed_dial_is_refused_by_name(chain, stage, dial, value):
+    before = snapshot(chain.runs)
+    with pytest.raises(SystemExit) as stopped:
+        stage_main(STAGES[stage].train, parse(KINDS[stage], dials(stage, chain.runs, f"--{dial}", value)))
+    assert stopped.value.code.startswith(f"error: {chain.final(stage)} was made from other inputs ({dial}: ")
+    assert snapshot(chain.runs) == before
+
+
+def test_a_refusal_ends_the_command_with_status_1(chain):
+    done = python("stages/merge.py", *dials("merge", chain.runs, "--seed", "1"))
+    assert done.returncode == 1
+    assert "seed: 0 then, 1 now" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def identities(rows: list[dict[str, float]], warmup: int, one_minibatch: bool) -> None:
+    """What must hold of PPO's first lines whatever was learnt (value_coef 0.5, entropy_coef 0)."""
+    trained = [row for row in rows if "loss" in row]
+    assert [row["eval_kl"] for row in rows if "eval_kl" in row and row["step"] <= warmup] == [0.0]
+    for row in trained[: warmup + 1]:  # nothing has moved the policy before these rollouts
+        assert (row["kl"], row["kl_per_token"], row["kl_k3_per_token"]) == (0.0, 0.0, 0.0)
+    for row in trained[:warmup]:  # and nothing moves it in these updates
+        assert (row["ratio"], row["approx_kl"], row["clip_fraction"]) == (1.0, 0.0, 0.0)
+        assert row["loss"] == pytest.approx(0.5 * row["value_loss"], rel=1e-5)
+        if one_minibatch:  # whitened advantages have mean 0
+            assert row["policy_loss"] == pytest.approx(0.0, abs=1e-6)
+    for row in trained[warmup:]:
+        assert row["loss"] == pytest.approx(row["policy_loss"] + 0.5 * row["value_loss"], rel=1e-4)
+    assert trained[-1]["kl"] != 0.0
+    for row in trained:
+        assert row["kl"] == pytest.approx(row["kl_per_token"] * row["length"], rel=1e-4, abs=1e-7)
+
+
+def test_ppo_starts_from_its_reference(chain):
+    rows = chain.metrics("ppo")
+    assert [row["step"] for row in rows if "loss" in row] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows if "eval_score" in row] == [0, 2, 4]
+    identities(rows, warmup=1, one_minibatch=False)
+
+
+def test_pretraining_learns_and_reports_it(chain):
+    rows = chain.metrics("pretrain")
+    assert {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"} == set(rows[0])
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    metrics = read_done(chain.final("sft"))["metrics"]
+    assert metrics["validation_loss"] < metrics["validation_loss_before"]
+
+
+def test_the_page_compares_base_sft_and_ppo(chain):
+    header = next(line for line in chain.printed["evaluate"].splitlines() if "measure" in line)
+    assert re.findall(r"\b(base|SFT|PPO)\b", header)[:3] == ["base", "SFT", "PPO"]
+    assert "40 held-out prompts" in chain.printed["evaluate"]
+    page = (chain.final("evaluate") / "evaluation.md").read_text(encoding="utf-8")
+    assert "| measure | base | SFT | PPO | PPO - SFT [95 % CI] |" in page
+    report = json.loads((chain.final("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
+    assert report["policies"]["sft"]["kl"]["value"] == 0.0
+    assert report["policies"]["ppo"]["kl"]["value"] != 0.0
+    samples = (chain.final("evaluate").parent / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {tuple(json.loads(line)) for line in samples} == {
+        ("prompt", "base", "sft", "ppo", "base_score", "sft_score", "ppo_score")
+    }
+    assert len(samples) == 40
+
+
+def test_chat_answers_with_every_policy(chain):
+    answers = re.findall(r"^ *(base|sft|ppo): (.*)$", chain.printed["chat"], re.MULTILINE)
+    assert [name for name, _ in answers] == ["base", "sft", "ppo"]
+    assert all(answer.startswith(PROMPT) and len(answer) > len(PROMPT) for _, answer in answers)
+
+
+# two processes
+
+
+@pytest.fixture(scope="session")
+def short_rows(tmp_path_factory) -> Path:
+    """176 short rows: 11 whole batches of 16, so one process and two see the same batches."""
+    rows = (ROOT / "data/imdb/sft/train.jsonl").read_text(encoding="utf-8").splitlines()
+    file = tmp_path_factory.mktemp("rows") / "train.jsonl"
+    file.write_text("\n".join([row for row in rows if len(row.encode()) < 130][:176]) + "\n", encoding="utf-8")
+    return file
+
+
+def two_dials(stage: str, chain: Chain, runs: Path, *more: str) -> list[str]:
+    own = {
+        "sft": ("--base", str(chain.final("pretrain")), "--batch_size", "16"),
+        "ppo": ("--sft", str(chain.final("sft")), "--reward", str(chain.final("reward")), "--minibatches", "1"),
+    }
+    return dials(stage, runs, *own[stage], *more)
+
+
+@pytest.fixture(scope="session")
+def two(chain, short_rows, tmp_path_factory) -> Chain:
+    """SFT and PPO on two CPU processes, on the chain's own base, SFT policy and reward model."""
+    runs = tmp_path_factory.mktemp("two")
+    printed = {}
+    for stage, more in (("sft", ["--train_file", str(short_rows), "--micro_batch", "8"]), ("ppo", [])):
+        command = [*LAUNCH, f"stages/{stage}.py", *two_dials(stage, chain, runs, *more)]
+        done = python(*command, CUDA_VISIBLE_DEVICES="")
+        assert done.returncode == 0, f"{stage}:\n{done.stdout}\n{done.stderr[-4000:]}"
+        printed[stage] = done.stdout
+    return Chain(runs, printed)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_two_processes_are_used_and_one_writes(two, stage):
+    verify(two.final(stage))
+    folder = two.final(stage).parent
+    assert json.loads((folder / "run.json").read_text())["processes"] == 2
+    assert not (folder / "attempts").exists()  # the second process would put the first one's files aside
+    assert two.printed[stage].count(f"{stage}: {folder}") == 1
+    assert two.printed[stage].count(f"{stage}: done") == 1
+    kinds = [(row["step"], tuple(sorted(row))) for row in two.metrics(stage)]
+    assert len(kinds) == len(set(kinds))
+
+
+def test_ppo_on_two_processes_starts_from_its_reference(two):
+    rows = two.metrics("ppo")
+    assert [row["step"] for row in rows if "loss" in row] == [0, 1, 2, 3]
+    identities(rows, warmup=1, one_minibatch=True)
+
+
+def test_sft_is_the_same_mathematics_on_one_process_and_on_two(chain, two, short_rows, tmp_path):
+    one = Chain(tmp_path, {})
+    more = ("--train_file", str(short_rows), "--micro_batch", "16")
+    sft.train(parse(config.SFT, two_dials("sft", chain, tmp_path, *more)))
+    alone, together = (load_file(run.final("sft") / "model.safetensors") for run in (one, two))
+    start = load_file(chain.final("pretrain") / "model.safetensors")
+    for name, weight in alone.items():
+        moved = (weight - start[name]).abs().max()
+        assert moved > 1e-4
+        assert (together[name] - weight).abs().max() < 1e-2 * moved
+    assert [row["step"] for row in two.metrics("sft")] == [10]
+    assert two.metrics("sft")[0]["loss"] == pytest.approx(one.metrics("sft")[0]["loss"], rel=1e-4)
+    assert two.metrics("sft")[0]["tokens"] == one.metrics("sft")[0]["tokens"]
+
+
+def test_how_many_processes_made_it_does_not_enter_what_a_stage_is(chain, two, capsys):
+    before = snapshot(two.runs)
+    assert ppo.train(parse(config.PPO, two_dials("ppo", chain, two.runs))) == two.final("ppo")
+    assert "ppo: finished already, skipped" in capsys.readouterr().out
+    assert snapshot(two.runs) == before
