@@ -235,17 +235,17 @@ def balanced(text: str) -> bool:
 
 
 def excerpts(review: str) -> list[Row]:
-    """Returns {"prompt", "completion"} rows: 4-10 words that open a sentence, then 8-30 words to a sentence end.
+    """Returns {"prompt", "completion"} rows: 4-10 words that open a sentence, then 8-20 words to a sentence end.
 
     Only from spans that open with a capital, close with a full stop, and hold no ODD mark, nor a quote or bracket half.
     """
     rows: list[Row] = []
-    for span in spans(sentences(review), 13, 36):
+    for span in spans(sentences(review), 13, 28):
         words, opening = span.split(), len(sentences(span)[0].split())
         count = 4 + seeded(span) % max(1, min(7, opening - 5))
         prompt, rest = " ".join(words[:count]), " ".join(words[count:])
         tidy = re.match(r"[A-Z].*[.!?][\"')]?$", span) and not ODD.search(span) and balanced(prompt) and balanced(rest)
-        if tidy and opening > 5 and 8 <= len(words) - count <= 30:
+        if tidy and opening > 5 and 8 <= len(words) - count <= 20:
             rows.append({"prompt": prompt, "completion": f" {rest}"})
     return rows
 

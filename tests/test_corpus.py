@@ -112,7 +112,7 @@ def test_excerpts_put_prompt_and_completion_back_together() -> None:
     for row in found:
         assert row["prompt"] + row["completion"] in review  # type: ignore[operator]
         assert 4 <= len(str(row["prompt"]).split()) <= 10
-        assert 8 <= len(str(row["completion"]).split()) <= 30
+        assert 8 <= len(str(row["completion"]).split()) <= 20
 
 
 def test_pairs_prefer_the_better_text_once_and_within_one_source() -> None:
@@ -245,7 +245,7 @@ def test_every_file_is_what_sources_says_and_what_the_stages_need(texts: list[tu
         assert re.fullmatch(r"\S.*\S", row["prompt"])
         assert re.fullmatch(r" \S.*[.!?][\"')]?", row["completion"])
         assert 4 <= len(row["prompt"].split()) <= 10
-        assert 8 <= len(row["completion"].split()) <= 30
+        assert 8 <= len(row["completion"].split()) <= 20
     prompts = [plain(row["prompt"]) for split in ("train", "validation", "test") for row in rows(f"ppo/{split}")]
     assert len(prompts) == len(set(prompts)) == 22_000
     assert Counter(row["source"] for row in rows("reward/test")) == {"ratings": 1000, "rt": 1000, "imdb": 1000}

@@ -123,8 +123,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(micro, actor_critic, ex
 
 
 def test_update_accumulates_the_gradient_of_the_whole_minibatch(actor_critic, experience, accelerator):
-    """One epoch of one minibatch, in micro-batches that do not even divide it, is one step on the whole batch."""
-    config = dataclasses.replace(CONFIG, epochs=1, minibatches=1, entropy_coef=0.3)
+    """One minibatch, in micro-batches that do not even divide it, is a step on the whole batch and on nothing else."""
+    still = {"learning_rate": 0.0, "critic_learning_rate": 0.0}  # so that every step starts at the same weights
+    config = dataclasses.replace(CONFIG, epochs=2, minibatches=1, entropy_coef=0.3, **still)
     actor_critic.zero_grad()
     loss, _ = ppo.ppo_loss(actor_critic, experience, config, experience.response_mask.sum(), True)
     loss.backward()
@@ -140,7 +141,7 @@ def test_update_accumulates_the_gradient_of_the_whole_minibatch(actor_critic, ex
     )
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
-    for ours, theirs in zip(used, gradients, strict=True):
+    for ours, theirs in zip(used, gradients * 2, strict=True):
         torch.testing.assert_close(ours, theirs / norm, atol=1e-5, rtol=1e-4)
 
 
@@ -425,6 +426,17 @@ def test_the_stage_trains_from_its_parents(adapter, parents, tmp_path):
     assert critic.config.score_shift != before.config.score_shift
     assert not same(critic, weights(before))
     assert len((final.parent / "samples.jsonl").read_text().splitlines()) == 3 * 6
+
+
+def test_evaluating_changes_nothing_but_the_log(parents, tmp_path):
+    often, once = (
+        logged(ppo.train(stage_config(parents, tmp_path / str(every), rollouts=3, eval_every=every)))
+        for every in (1, 3)
+    )
+    assert [row for row in often if "ratio" in row] == [row for row in once if "ratio" in row]
+    first, second, third, _ = (row for row in often if "eval_kl" in row)
+    assert first | {"step": 1} == second  # the policy stood still, and the noise is the same
+    assert second != third | {"step": 1}
 
 
 def test_a_batch_that_does_not_divide_is_refused(parents, tmp_path):
