@@ -2,8 +2,8 @@
 
     python benchmarks/seeds.py --seeds 1 2 3 [--runs runs] [--jobs 1]
 
-Each seed is a chain of its own under <runs>/seed<k>/ (finished stages are skipped), from tokenizer to evaluation. The table
-goes to docs/results.md with the mean over seeds and its 95 % interval (Student t over seeds: with three of them it is wide).
+Each seed is a chain of its own under <runs>/seed<k>/ (finished stages are skipped), from tokenizer to evaluation. The
+table goes to docs/results.md with the mean over seeds and its 95 % interval (Student t over seeds: wide with three).
 """
 
 import argparse
