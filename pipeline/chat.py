@@ -1,13 +1,12 @@
 """Talking to base, SFT and PPO side by side: the same prompt, the same noise."""
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Chat
 from pipeline.models import Policy, frozen, load_language_model, load_tokenizer
 from pipeline.rollout import generate
-from pipeline.run import console, read_done
+from pipeline.run import console, processes, read_done
 from pipeline.trainers import decode, quiet
 
 
@@ -19,7 +18,7 @@ def talk(config: Chat) -> None:
         read_done(path)
     tokenizer = load_tokenizer(paths["sft"])
     models: dict[str, Policy] = {
-        name: frozen(load_language_model(path)).to(PartialState().device) for name, path in paths.items()
+        name: frozen(load_language_model(path)).to(processes().device) for name, path in paths.items()
     }
     if config.prompt:
         answer(config, config.prompt, models, tokenizer)

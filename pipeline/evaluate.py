@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config import Evaluate, Sampling
+from pipeline.config import Evaluate, Sampling, UserError
 from pipeline.data import read_rows
 from pipeline.judges import (
     Classifier,
@@ -53,7 +54,7 @@ class Responses:
     @property
     def perplexity(self) -> float:
         """Perplexity per token of the text under the pretrained model, which knows EOS only as a review's end."""
-        return math.exp(self.base_nll.sum() / (self.length - self.has_eos).sum())
+        return math.exp(self.base_nll.sum() / max(1, (self.length - self.has_eos).sum()))
 
 
 def train(config: Evaluate) -> Path:
@@ -88,6 +89,9 @@ def judge(file: str, seed: int) -> Classifier:
     """The second judge, fitted to human labels that no training stage has seen."""
     rows = read_rows(file, ["text", "label"])
     groups = [row["key"] for row in rows] if all("key" in row for row in rows) else None
+    unknown = sorted({row["label"] for row in rows} - LABELS.keys())
+    if unknown:
+        raise UserError(f"{file}: label: expected {' or '.join(LABELS)}, got '{unknown[0]}'")
     return fit_classifier([row["text"] for row in rows], [LABELS[row["label"]] for row in rows], seed, groups)
 
 
@@ -183,23 +187,28 @@ def policy_report(responses: Responses, prompts: Sequence[str]) -> dict[str, Any
 
 
 def health(sft: dict[str, Any], ppo: dict[str, Any]) -> list[dict[str, Any]]:
-    """What must hold for the text to be text still: each figure with its bounds and whether it is inside."""
+    """What must hold for the text to be text still: each figure, its bounds (None: unbounded), whether it is inside."""
     before, after = sft["text"], ppo["text"]
-    word, share = after["commonest_content_words"][0]
+    word, share = next(iter(after["commonest_content_words"]), ("none", 0.0))
+    perplexity = over(ppo["perplexity_under_base"], sft["perplexity_under_base"])
     rows = [
-        ("KL to SFT, nats per response", ppo["kl"]["value"], -math.inf, 10.0),
-        ("word repetition, over SFT's", after["word_repetition"] / before["word_repetition"], 0.0, 1.5),
-        (f"share of responses with the commonest content word ({word})", share, 0.0, 0.20),
-        ("distinct-4 across responses, over SFT's", after["distinct_4"] / before["distinct_4"], 0.8, math.inf),
-        ("exact duplicates", after["duplicate_share"], 0.0, 0.02),
-        (
-            "perplexity under the base, over SFT's",
-            ppo["perplexity_under_base"] / sft["perplexity_under_base"],
-            0.7,
-            1.3,
-        ),
+        ("KL to SFT, nats per response", ppo["kl"]["value"], None, 10.0),
+        ("word repetition, over SFT's", over(after["word_repetition"], before["word_repetition"]), None, 1.5),
+        (f"share of responses with the commonest content word ({word})", share, None, 0.20),
+        ("distinct-4 across responses, over SFT's", over(after["distinct_4"], before["distinct_4"]), 0.8, None),
+        ("exact duplicates", after["duplicate_share"], None, 0.02),
+        ("perplexity under the base, over SFT's", perplexity, 0.7, 1.3),
     ]
-    return [{"name": n, "value": v, "low": low, "high": high, "healthy": low <= v <= high} for n, v, low, high in rows]
+    return [
+        {"name": name, "value": value, "low": low, "high": high}
+        | {"healthy": (low is None or value >= low) and (high is None or value <= high)}
+        for name, value, low, high in rows
+    ]
+
+
+def over(value: float, reference: float) -> float:
+    """value / reference; where the reference is 0, 1 if both are and the largest float if only it is."""
+    return value / reference if reference else 1.0 if value == 0 else sys.float_info.max
 
 
 def headline(report: dict[str, Any]) -> dict[str, float]:
@@ -218,6 +227,10 @@ def headline(report: dict[str, Any]) -> dict[str, float]:
 
 
 # the page
+
+
+def bounds(low: float | None, high: float | None) -> str:
+    return f"at most {high:g}" if low is None else f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
 
 
 def interval(estimate: dict[str, float]) -> str:
@@ -260,7 +273,7 @@ def rows_of(report: dict[str, Any]) -> list[tuple[str, ...]]:
     names = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_4": "distinct-4"}
     names |= {"word_repetition": "word repetition in a response", "duplicate_share": "exact duplicates"}
     rows += [(title, *(f"{text[name]:.3f}" for text in texts), "") for name, title in names.items()]
-    commonest = [text["commonest_content_words"][0] for text in texts]
+    commonest = [next(iter(text["commonest_content_words"]), ("none", 0.0)) for text in texts]
     rows.append(("commonest content word, share", *(f"{word} {share:.3f}" for word, share in commonest), ""))
     return rows
 
@@ -316,7 +329,7 @@ def page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
                 (
                     row["name"],
                     f"{row['value']:.3g}",
-                    f"{row['low']:g} to {row['high']:g}",
+                    bounds(row["low"], row["high"]),
                     "ok" if row["healthy"] else "**outside**",
                 )
                 for row in report["health"]

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.advantages import explained_variance, kl_k3
-from pipeline.config import PPO
+from pipeline.config import PPO, UserError
 from pipeline.data import read_rows
 from pipeline.losses import policy_loss, value_loss
 from pipeline.models import (
@@ -43,7 +43,7 @@ from pipeline.models import (
     with_adapter,
 )
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, to_experience
-from pipeline.run import StageRun, say
+from pipeline.run import StageRun, processes, say
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import masked_mean, masked_sum
 from pipeline.trainers import decode, quiet
@@ -52,7 +52,7 @@ from pipeline.trainers import decode, quiet
 def train(config: PPO, score: ScoreFunction | None = None) -> Path:
     """Trains the policy and returns its `final` directory; `score` replaces the reward model's score when given."""
     quiet()
-    config.micro_batches(PartialState().num_processes)  # a batch that does not divide is refused before any work
+    config.micro_batches(processes().num_processes)  # a batch that does not divide is refused before any work
     sft, reward = config.run.final("sft", config.sft), config.run.final("reward", config.reward)
     stage = StageRun("ppo", config, {"sft": sft, "reward": reward}, [config.train_file, config.validation_file])
     if stage.is_finished():
@@ -151,7 +151,7 @@ def make_optimizer(
 def prompt_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
     """Batches of row numbers, the same on every process: each pass in a new order, no row twice in a batch."""
     if size > count:
-        raise ValueError(f"rollout_batch is {size}, but there are {count} prompts; lower it or give more prompts")
+        raise UserError(f"rollout_batch is {size}, but there are {count} prompts; lower it or give more prompts")
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator).tolist()

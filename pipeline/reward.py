@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
@@ -19,7 +19,7 @@ from pipeline.data import pad, preference_rows, read_rows
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
 from pipeline.models import frozen, load_language_model, load_tokenizer, new_reward_model
 from pipeline.rollout import generate
-from pipeline.run import StageRun, is_main, say
+from pipeline.run import StageRun, is_main, processes, say
 from pipeline.scoring import reward_model_scores
 from pipeline.trainers import in_length_batches, quiet, report_to, training_arguments
 
@@ -104,7 +104,7 @@ def mean_score_of_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sft: Path, config: Reward
 ) -> float:
     """Mean score of responses sampled from the SFT policy, whole or cut off alike: the zero point of the scale."""
-    policy = frozen(load_language_model(sft)).to(PartialState().device)
+    policy = frozen(load_language_model(sft)).to(processes().device)
     prompts = [row["prompt"] for row in read_rows(config.prompts_file, ["prompt"], config.centre_prompts)]
     torch.manual_seed(config.run.seed)
     scores = []

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from pipeline.config import Optim, Run
 from pipeline.data import IGNORED, pad
 from pipeline.losses import next_token_loss
-from pipeline.run import StageRun
+from pipeline.run import StageRun, processes
 from pipeline.tensors import masked_sum
 
 
@@ -48,7 +48,7 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
         use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=False,
         per_device_train_batch_size=optim.micro_batch,
-        gradient_accumulation_steps=optim.accumulation(PartialState().num_processes),
+        gradient_accumulation_steps=optim.accumulation(processes().num_processes),
         num_train_epochs=optim.epochs,
         learning_rate=optim.learning_rate,
         weight_decay=optim.weight_decay,
@@ -57,6 +57,7 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
         lr_scheduler_type="cosine",
         warmup_steps=optim.warmup,
         logging_steps=10,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="no",
         eval_strategy="no",

@@ -152,7 +152,7 @@ class Log:
 
 def test_the_log_has_the_loss_and_counts_real_tokens(make_model, tokenizer, rows, tmp_path):
     model, log = make_model("llama"), Log()
-    trainer = trainer_of(model, tokenizer, rows, tmp_path, batch_size=4, micro_batch=2, logging_first_step=True)
+    trainer = trainer_of(model, tokenizer, rows, tmp_path, batch_size=4, micro_batch=2)
     report_to(trainer, log)
     trainer.train()
     step, metrics = log.rows[0]
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage(make_model, tokenizer, rows, 
     model = make_model("llama")
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
-    trainer = trainer_of(model, tokenizer, rows, tmp_path, logging_first_step=True)
+    trainer = trainer_of(model, tokenizer, rows, tmp_path)
     report_to(trainer, Log())
     with pytest.raises(FloatingPointError, match="toy: loss is nan at step 1"):
         trainer.train()
