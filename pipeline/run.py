@@ -304,7 +304,6 @@ def _start_wandb(run: StageRun) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "rlhf-pipeline"),
         group=run.config.run.recipe,
@@ -312,7 +311,7 @@ def _start_wandb(run: StageRun) -> Any:
         name=f"{run.config.run.recipe}-{run.stage}-seed{run.config.run.seed}-{uuid.uuid4().hex[:4]}",
         dir=str(run.folder),
         config=run.dials,
-        mode=None if "WANDB_MODE" in os.environ else "online" if has_key else "offline",
+        mode=None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline",
     )
 
 
