@@ -226,6 +226,9 @@ class StageRun:
 
         `write` runs on every process (a sharded model is gathered by all), each with the same path.
         """
+        if self._progress is not None:
+            task = self._progress.tasks[0]
+            self._progress.update(task.id, completed=task.total)  # log lines may have stopped short of the last step
         self.close_progress()
         state = processes()
         temporary = self.folder / "final.partial"
