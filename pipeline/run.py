@@ -298,7 +298,9 @@ def _git_revision() -> str:
         return ""
     here = Path(__file__).parent
     head = subprocess.run([git, "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    dirty = subprocess.run([git, "-C", here, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run(
+        [git, "-C", here, "--no-optional-locks", "status", "--porcelain"], capture_output=True, text=True, check=False
+    )
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
 
 
