@@ -73,7 +73,7 @@ def train(config: Evaluate) -> Path:
         measured = measure(prompts, paths, reward, classifier, config, stage)
         report = compare(measured, prompts, classifier)
         rows = [
-            {"prompt": prompt} | {f"{name}": measured[name].texts[i] for name in measured}
+            {"prompt": prompt} | {name: measured[name].texts[i] for name in measured}
             | {f"{name}_score": round(float(measured[name].score[i]), 3) for name in measured}
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip

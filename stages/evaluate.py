@@ -1,4 +1,4 @@
-"""did alignment work, and is the text still text? Base, SFT and PPO on the same held-out prompts.
+"""Did alignment work, and is the text still text? Base, SFT and PPO on the same held-out prompts.
 
 python stages/evaluate.py --config configs/imdb/evaluate.yaml
 accelerate launch stages/evaluate.py --seed 1

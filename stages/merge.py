@@ -1,4 +1,4 @@
-"""the policy with its adapter merged in, proved equal to the unmerged one before it is written.
+"""The policy with its adapter merged in, proved equal to the unmerged one before it is written.
 
 python stages/merge.py --config configs/imdb/merge.yaml
 accelerate launch stages/merge.py --seed 1

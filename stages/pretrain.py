@@ -1,4 +1,4 @@
-"""a small causal language model from scratch, with its tokenizer, on plain text.
+"""A small causal language model from scratch, with its tokenizer, on plain text.
 
 python stages/pretrain.py --config configs/imdb/pretrain.yaml
 accelerate launch stages/pretrain.py --seed 1

@@ -1,4 +1,4 @@
-"""a Bradley-Terry reward model on pairs of whole texts, centred on the SFT policy, beside a linear baseline.
+"""A Bradley-Terry reward model on pairs of whole texts, centred on the SFT policy, beside a linear baseline.
 
 python stages/reward.py --config configs/imdb/reward.yaml
 accelerate launch stages/reward.py --seed 1

@@ -1,4 +1,4 @@
-"""supervised fine-tuning on prompt -> completion, with loss on the completion only.
+"""Supervised fine-tuning on prompt -> completion, with loss on the completion only.
 
 python stages/sft.py --config configs/imdb/sft.yaml
 accelerate launch stages/sft.py --seed 1
