@@ -12,11 +12,15 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 from pipeline.judges import mean_ci
+from pipeline.report import TITLES, bounds, interval, markdown_table
 
 CHAIN = ("pretrain", "sft", "reward", "ppo", "merge", "evaluate")
 
@@ -52,53 +56,98 @@ def chain(seed: int, runs: Path, jobs: int) -> dict[str, Any]:
     return reports
 
 
-def table(reports: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Rows of (measure, mean over seeds with interval, and each seed's value)."""
+KINDS = {"lora": "LoRA PPO", "full": "full PPO"}
 
-    def row(title: str, *path: str | int) -> tuple[str, str]:
-        values = []
-        for report in reports:
-            value: Any = report
-            for key in path:
-                value = value[key]
-            values.append(float(value))
-        e = mean_ci(values)
-        return title, f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}] ({', '.join(f'{v:.3f}' for v in values)})"
 
-    rows = [
-        row("pretrain: validation loss, nats per token", "pretrain", "validation_loss"),
-        row("pretrain: bits per byte", "pretrain", "bits_per_byte"),
-        row("sft: validation loss, nats per completion token", "sft", "validation_loss"),
-        row("reward: held-out pair accuracy", "reward", "test", "accuracy", "value"),
-        row("reward: TF-IDF + ridge on the same pairs", "reward", "test", "linear_baseline", "value"),
-        row("reward: the longer text wins", "reward", "test", "longer_wins", "value"),
-    ]
-    for kind, name in (("lora", "LoRA PPO"), ("full", "full PPO")):
-        for measure, title in (
-            ("score", "reward"),
-            ("vader", "judge 1 (VADER)"),
-            ("classifier", "judge 2 (classifier)"),
-        ):
-            for policy in ("sft", "ppo"):
-                rows.append(row(f"{name}: {title}, {policy}", kind, "policies", policy, measure, "value"))
-            rows.append(row(f"{name}: {title}, PPO - SFT", kind, "ppo_against_sft", measure, "difference", "value"))
-            rows.append(
-                row(
-                    f"{name}: PPO - SFT, lower end of each seed's interval",
-                    kind,
-                    "ppo_against_sft",
-                    measure,
-                    "difference",
-                    "low",
+def over_seeds(values: Iterable[float]) -> str:
+    """Mean over seeds with its 95 % interval (Student t)."""
+    e = mean_ci(list(values))
+    return f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
+
+
+def page(seeds: list[int], reports: list[dict[str, Any]]) -> list[str]:
+    """docs/results.md, from what the stages of each seed reported."""
+
+    def stage_row(title: str, *path: str) -> tuple[str, ...]:
+        values = [reduce(getitem, path, report) for report in reports]
+        return title, over_seeds(values), ", ".join(f"{value:.3f}" for value in values)
+
+    def policy_row(title: str, *path: str) -> tuple[str, ...]:
+        policies = [[report["lora"]["policies"][p] for report in reports] for p in ("base", "sft", "ppo")]
+        policies.append([report["full"]["policies"]["ppo"] for report in reports])
+        return title, *(over_seeds(reduce(getitem, path, policy) for policy in column) for column in policies)
+
+    runs = [(seed, kind, report[kind]) for kind in KINDS for seed, report in zip(seeds, reports, strict=True)]
+    bounds_of = {row["name"].split(" (")[0]: bounds(row["low"], row["high"]) for row in runs[0][2]["health"]}
+    return [
+        "# Results of the default recipe",
+        "",
+        f"`python benchmarks/seeds.py --seeds {' '.join(map(str, seeds))}` on {os.cpu_count()} CPU cores "
+        f"({platform.machine()}). Intervals are 95 %: over seeds (Student t) in the first two tables, over "
+        f"{runs[0][2]['prompts']:,} held-out prompts, paired, in the third.",
+        "",
+        "## Stages",
+        "",
+        *markdown_table(
+            ("measure", "mean over seeds", "each seed"),
+            [
+                stage_row("pretrain: validation loss, nats per token", "pretrain", "validation_loss"),
+                stage_row("pretrain: bits per byte", "pretrain", "bits_per_byte"),
+                stage_row("sft: validation loss, nats per completion token", "sft", "validation_loss"),
+                stage_row("reward: held-out pair accuracy", "reward", "test", "accuracy", "value"),
+                stage_row("reward: TF-IDF + ridge on the same pairs", "reward", "test", "linear_baseline", "value"),
+                stage_row("reward: the longer text wins", "reward", "test", "longer_wins", "value"),
+            ],
+        ),
+        "",
+        "## Policies",
+        "",
+        *markdown_table(
+            ("measure", "base", "SFT", *KINDS.values()),
+            [
+                *(policy_row(title, name, "value") for name, title in TITLES.items()),
+                policy_row("KL to SFT, nats per response", "kl", "value"),
+                policy_row("perplexity under base", "perplexity_under_base"),
+                policy_row("word repetition in a response", "text", "word_repetition"),
+                policy_row("distinct-1", "text", "distinct_1"),
+                policy_row("distinct-2", "text", "distinct_2"),
+                policy_row("distinct-4", "text", "distinct_4"),
+                policy_row("exact duplicates", "text", "duplicate_share"),
+                policy_row("length, tokens", "length", "value"),
+                policy_row("ended by EOS", "eos_share", "value"),
+            ],
+        ),
+        "",
+        "## PPO against SFT, seed by seed",
+        "",
+        *markdown_table(
+            ("policy", "seed", *TITLES.values(), "wins by reward / judge 1 / judge 2"),
+            [
+                (
+                    KINDS[kind],
+                    str(seed),
+                    *(interval(report["ppo_against_sft"][name]["difference"]) for name in TITLES),
+                    " / ".join(f"{report['ppo_against_sft'][name]['win_rate']['value']:.3f}" for name in TITLES),
                 )
-            )
-            rows.append(row(f"{name}: win rate by {title}", kind, "ppo_against_sft", measure, "win_rate", "value"))
-        for index, check in enumerate(reports[0][kind]["health"]):
-            rows.append(row(f"{name}: {check['name'].split(' (')[0]}", kind, "health", index, "value"))
-        for policy in ("sft", "ppo"):
-            rows.append(row(f"{name}: length in tokens, {policy}", kind, "policies", policy, "length", "value"))
-            rows.append(row(f"{name}: ended by EOS, {policy}", kind, "policies", policy, "eos_share", "value"))
-    return rows
+                for seed, kind, report in runs
+            ],
+        ),
+        "",
+        "## Is it text still?",
+        "",
+        *markdown_table(
+            ("policy", "seed", *(f"{name}: {bound}" for name, bound in bounds_of.items())),
+            [
+                (
+                    KINDS[kind],
+                    str(seed),
+                    *(f"{row['value']:.3g}{'' if row['healthy'] else ' **outside**'}" for row in report["health"]),
+                )
+                for seed, kind, report in runs
+            ],
+        ),
+        "",
+    ]
 
 
 def main() -> None:
@@ -109,17 +158,7 @@ def main() -> None:
     given = parser.parse_args()
     with ThreadPoolExecutor(given.jobs) as pool:
         reports = list(pool.map(lambda seed: chain(seed, given.runs, given.jobs), given.seeds))
-    lines = [
-        "# Results of the default recipe",
-        "",
-        f"`python benchmarks/seeds.py --seeds {' '.join(map(str, given.seeds))}` on {os.cpu_count()} CPU cores "
-        f"({platform.machine()}); mean over seeds [95 % interval over seeds] (each seed).",
-        "",
-        "| measure | value |",
-        "| --- | --- |",
-        *(f"| {title} | {value} |" for title, value in table(reports)),
-        "",
-    ]
+    lines = page(given.seeds, reports)
     Path("docs/results.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 

@@ -144,14 +144,15 @@ class SFT:
     validation_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     max_tokens: int = dial(128, "longest prompt + completion + EOS; longer rows are dropped and counted", low=4)
     label_smoothing: float = dial(
-        0.0, "probability spread over the K-1 wrong classes (Szegedy et al., arXiv 1512.00567)", low=0, high=0.999
+        0.0, "probability spread over the K-1 wrong classes (Szegedy et al., arXiv 1512.00567)", low=0, high=0.8
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
     run: Run = Run()
-    optim: Optim = Optim(learning_rate=5e-4, batch_size=64, micro_batch=64)
+    optim: Optim = Optim(batch_size=32, micro_batch=32)
+    head_learning_rate: float = dial(5e-3, "peak learning rate of the score head, which alone starts from noise", low=0)
     base: str = dial("", "model to start from; empty: this recipe's pretrain/final", place=True)
     sft: str = dial("", "policy whose samples are given mean score 0; empty: this recipe's sft/final", place=True)
     train_file: str = dial(

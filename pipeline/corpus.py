@@ -40,6 +40,9 @@ SHA256 = {  # of everything that is read, checked again after pip has checked wh
 }
 RATED = ("tweets", "movieReviewSnippets", "nytEditorialSnippets", "amazonReviewSnippets")
 SPLITS = {"train": 0.74, "validation": 0.05, "test": 0.09, "judge": 0.12}
+DRAW = 2
+"""Which draw of the splits. Another one is drawn when the test split was read before all dials were chosen, so that the
+published figures are of texts that no choice has seen."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,14 @@ def group(texts: list[Text], forms: list[str]) -> list[str]:
     return [texts[root(i)].key for i in range(len(texts))]
 
 
+def seeded(text: str) -> int:
+    """Returns a number that depends on text alone, by sha256: the source of every 'random' choice about one text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
 def split_of(key: str) -> str:
     """Returns the split that the sha256 of a group's key selects, in the proportions of SPLITS."""
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    place = seeded(f"{DRAW} {key}") / 2**64
     for name, share in SPLITS.items():
         if place < share:
             return name
@@ -197,11 +205,6 @@ BREAK = re.compile(r"[.!?]+[\"')]*\s+(?=[\"'(]*[A-Z0-9])")
 ODD = re.compile(  # rare characters, no space after a stop, markup, shouting, addresses: not what a model should learn
     r"[^\w\s.,;:!?'\"()&%$/\-\u2019\u2013]|[a-z][.!?,][A-Za-z]|[*_]|--|\.{4,}|[!?]{2,}|[A-Z']{4,} [A-Z']{2,}|http"
 )
-
-
-def seeded(text: str) -> int:
-    """Returns a number that depends on text alone, by sha256: the source of every 'random' choice about one text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def sentences(text: str) -> list[str]:
@@ -294,9 +297,10 @@ def shuffled(rows: Iterable[Row], name: str) -> list[Row]:
 def reward_rows(texts: list[Text], limit: int | None, name: str) -> list[Row]:
     """Returns pairs of whole texts, at most limit of each source: rated sentences, rt sentences, and spans of reviews.
 
-    A review's last span, where the verdict tends to stand, comes in two pairs and its first span in one.
+    A review's last span, where the verdict tends to stand, comes in two pairs and its first span in one. Spans are no
+    longer than what SFT writes (prompt and completion), which is what the reward model will score.
     """
-    reviews = [(text, spans(sentences(text.text), 10, 45)) for text in texts if text.source == "imdb"]
+    reviews = [(text, spans(sentences(text.text), 10, 28)) for text in texts if text.source == "imdb"]
     last = [replace(text, text=cut[-1]) for text, cut in reviews if cut]
     first = [replace(text, text=cut[0]) for text, cut in reviews if len(cut) > 1]
     seen: set[frozenset[str]] = set()

@@ -125,6 +125,12 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, 
     )
 
 
+def length_batches(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Row numbers in batches of at most `size` rows of like lengths, so that they pad little; short ones first."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     """Left-padded prompts (B, P) and their mask; a longer prompt keeps its end (the part that asks)."""
     return pad([prompt_ids(tokenizer, prompt)[-max_tokens:] for prompt in prompts], tokenizer.pad_token_id, "left")

@@ -1,4 +1,4 @@
-"""The losses of the pipeline, each a function of tensors: next token, Bradley-Terry, clipped policy, clipped value.
+"""The losses of the pipeline, each a function of tensors: next token, clipped policy, clipped value.
 
 Per-token losses come back unreduced, with their statistics in the same shape: `tensors.masked_mean` then applies one
 mask and one denominator (the token count of the whole optimiser step) to all of them alike.
@@ -17,31 +17,18 @@ def next_token_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> t
 
     logits (B, S, V), labels (B, S) with -100 where nothing is to be learnt -> loss (B, S-1) float32, zero where
     masked, and its mask (B, S-1). The shift is inside: logits at s predict labels at s + 1. The smoothing e spreads
-    over the V - 1 wrong tokens, so the right one keeps exactly 1 - e (PyTorch's own spreads over all V).
+    over the V - 1 wrong tokens, so the right one keeps exactly 1 - e.
 
-    Only the counted rows are copied to float32, and of those only z_y, sum z and logsumexp z are used: no second
-    array with V columns, no cost for prompt and padding, and nothing that stands there reaches the gradient.
+    PyTorch spreads its smoothing over all V, so e V / (V - 1) there is e here. Only the counted rows are copied to
+    float32: no cost for prompt and padding, and nothing that stands there reaches the gradient.
     """
     targets = labels[:, 1:]
     mask = targets != -100
     sequence, step = mask.nonzero(as_tuple=True)
     z = logits.flatten(0, 1).index_select(0, sequence * logits.shape[1] + step).float()
-    z_target = z.gather(1, targets[mask][:, None]).squeeze(1)
-    normaliser = z.logsumexp(dim=1)
-    loss = normaliser - z_target
-    if label_smoothing > 0:
-        wrong = normaliser - (z.sum(dim=1) - z_target) / (z.shape[1] - 1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * wrong
+    over_all = label_smoothing * z.shape[1] / (z.shape[1] - 1)
+    loss = F.cross_entropy(z, targets[mask], reduction="none", label_smoothing=over_all)
     return loss.new_zeros(mask.shape).masked_scatter(mask, loss), mask
-
-
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
-    """Returns -log sigmoid(chosen - rejected - margin), float32 (B,) (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
-
-    chosen, rejected: scores (B,); margin (B,) in score units, zero for the plain loss (Touvron et al. 2023, arXiv
-    2307.09288, eq. 2). logsigmoid and not log(1 + exp), which overflows for a badly ranked pair.
-    """
-    return -F.logsigmoid(chosen.float() - rejected.float() - margin.float())
 
 
 def policy_loss(

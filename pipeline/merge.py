@@ -1,5 +1,6 @@
 """Stage 5: the policy with its adapter merged in, proved equal to the unmerged one before it is written."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from pipeline.config import Merge, UserError
 from pipeline.data import prompt_batch, read_rows
 from pipeline.models import load_tokenizer, merge_adapter, save_policy, without_dropout
-from pipeline.run import StageRun, is_main, say
+from pipeline.run import StageRun, say
 from pipeline.tensors import position_ids
 from pipeline.trainers import quiet
 
@@ -38,9 +39,7 @@ def train(config: Merge) -> Path:
                 f"{source}: merging changes the logits by {error:.2g} of the largest, more than {TOLERANCE:g}"
             )
         say(f"merge: merged and unmerged agree within {error:.1e} of the largest logit on {len(prompts)} prompts")
-        return stage.finish(
-            lambda folder: save_policy(model, tokenizer, folder) if is_main() else None, {"relative_error": error}
-        )
+        return stage.finish(partial(save_policy, model, tokenizer), {"relative_error": error})
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -37,6 +36,10 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
 Policy = PreTrainedModel | PeftModel
 Model = TypeVar("Model", bound=nn.Module)
+
+ATTENTION = None if torch.accelerator.is_available() else "eager"
+"""Attention kernel: transformers' own choice on an accelerator. On CPUs the plain one is the faster at the lengths of
+preference data (docs/log.md); it keeps T x T numbers per head and layer."""
 
 
 class ModelError(UserError):
@@ -94,22 +97,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 # models
 
 
-def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A small Llama (Touvron et al., arXiv 2302.13971) with tied embeddings and fresh weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            max_position_embeddings=config.context,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    architecture = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
+    return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, attn_implementation=ATTENTION)
 
 
 def load_language_model(path: str | Path) -> PreTrainedModel:
@@ -118,7 +120,7 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
     Raises ModelError for a checkpoint that lacks weights: transformers would draw them at random.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, attn_implementation=ATTENTION
     )
     model, info = loaded
     if info["missing_keys"]:
@@ -208,7 +210,7 @@ def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Pr
     config = copy.deepcopy(language_model.config)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     config.score_shift = 0.0
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     model.base_model.load_state_dict(language_model.base_model.state_dict())
     nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
     return without_dropout(model)
@@ -217,7 +219,7 @@ def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Pr
 def load_reward_model(path: str | Path) -> PreTrainedModel:
     """A reward model or critic with its head; ModelError if the head or the shift was not saved with it."""
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, attn_implementation=ATTENTION
     )
     if info["missing_keys"] or info["unexpected_keys"]:
         keys = sorted([*info["missing_keys"], *info["unexpected_keys"]])

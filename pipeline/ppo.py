@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from pipeline.models import (
     with_adapter,
 )
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, to_experience
-from pipeline.run import StageRun, processes, say
+from pipeline.run import StageRun, new_accelerator, processes, say
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import masked_mean, masked_sum
 from pipeline.trainers import decode, quiet
@@ -58,7 +59,7 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
     if stage.is_finished():
         return stage.final
     with stage:
-        accelerator = Accelerator(mixed_precision="bf16" if config.run.precision == "bf16" else "no")
+        accelerator = new_accelerator(config.run.precision)
         set_seed(config.run.seed)  # the same weights on every process
         tokenizer = load_tokenizer(sft)
         policy: Policy = load_language_model(sft)
@@ -66,7 +67,7 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
             policy = with_adapter(base_of(policy), config.adapter)
         reward_model = frozen(load_reward_model(reward)).to(accelerator.device)
         actor_critic = ActorCritic(policy, Critic(reward_model), config.sampling.temperature, tokenizer.pad_token_id)
-        reference = make_reference(actor_critic, sft, accelerator)
+        reference = make_reference(actor_critic, accelerator)
         optimizer, scheduler = make_optimizer(actor_critic, config)
         prepared, optimizer = accelerator.prepare(actor_critic.eval(), optimizer)
         set_seed(config.run.seed, device_specific=True)  # other samples on every process
@@ -114,12 +115,10 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
         summary = evaluation(stage, config.rollouts, *evaluate())
         say(f"ppo: validation score {summary['eval_score']:+.2f}, KL {summary['eval_kl']:.2f} nats per response")
         trained = accelerator.unwrap_model(prepared)
-        return stage.finish(
-            partial(save, trained, tokenizer) if accelerator.is_main_process else lambda _: None, summary
-        )
+        return stage.finish(partial(save, trained, tokenizer), summary)
 
 
-def make_reference(actor_critic: ActorCritic, sft: Path, accelerator: Accelerator) -> Forward:
+def make_reference(actor_critic: ActorCritic, accelerator: Accelerator) -> Forward:
     """Log-probabilities of the frozen SFT policy: the adapter policy without its adapter, else a frozen copy."""
     temperature, pad_id = actor_critic.temperature, actor_critic.pad_id
     if isinstance(actor_critic.policy, PeftModel):
@@ -129,7 +128,7 @@ def make_reference(actor_critic: ActorCritic, sft: Path, accelerator: Accelerato
                 return response_logprobs(actor_critic.policy, ids, mask, size, temperature, pad_id)
 
         return reference
-    copy = frozen(load_language_model(sft)).to(accelerator.device)
+    copy = frozen(deepcopy(actor_critic.policy)).to(accelerator.device)
     return lambda ids, mask, size: response_logprobs(copy, ids, mask, size, temperature, pad_id)
 
 
@@ -209,6 +208,8 @@ def ppo_loss(
     """
     mask = batch.response_mask
     logprobs, entropies, values = actor_critic(batch.input_ids, batch.attention_mask, batch.size)
+    if config.entropy_coef == 0:
+        entropies = entropies.detach()  # logged all the same, without the cost of its gradient
     per_token, policy_stats = policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, config.clip)
     value_per_token, value_stats = value_loss(values, batch.old_values, batch.returns, mask, config.value_clip)
 

@@ -1,6 +1,7 @@
 """Stage 1: a small causal language model from scratch, with its tokenizer, on plain text."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from pipeline.config import Pretrain, Sampling
 from pipeline.data import language_rows, read_rows
 from pipeline.models import load_language_model, load_tokenizer, new_language_model, save_policy, train_tokenizer
 from pipeline.rollout import generate
-from pipeline.run import StageRun, is_main, say
+from pipeline.run import StageRun, say
 from pipeline.trainers import (
     NextTokenTrainer,
     decode,
@@ -61,9 +62,8 @@ def train(config: Pretrain) -> Path:
             f"pretrain: validation loss {metrics['validation_loss']:.3f} nats/token, perplexity "
             f"{metrics['perplexity']:.1f}, {metrics['bits_per_byte']:.3f} bits per byte"
         )
-        if is_main():
-            stage.sample(samples(model, tokenizer, config.sample_tokens))
-        return stage.finish(lambda folder: save_policy(model, tokenizer, folder) if is_main() else None, metrics)
+        stage.sample(samples(model, tokenizer, config.sample_tokens))
+        return stage.finish(partial(save_policy, model, tokenizer), metrics)
 
 
 def make_tokenizer(config: Pretrain, texts: list[str]) -> PreTrainedTokenizerBase:

@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.config import Reward
-from pipeline.data import pad, preference_rows, read_rows
+from pipeline.data import length_batches, pad, preference_rows, read_rows
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
-from pipeline.models import frozen, load_language_model, load_tokenizer, new_reward_model
+from pipeline.models import frozen, head_weight, load_language_model, load_tokenizer, new_reward_model
 from pipeline.rollout import generate
-from pipeline.run import StageRun, is_main, processes, say
+from pipeline.run import StageRun, new_accelerator, processes, say
 from pipeline.scoring import reward_model_scores
 from pipeline.trainers import in_length_batches, quiet, report_to, training_arguments
 
@@ -41,16 +40,7 @@ def train(config: Reward) -> Path:
         pairs = read_rows(config.train_file, ["chosen", "rejected"], config.train_rows)
         rows, dropped = preference_rows(tokenizer, pairs, config.max_tokens)
         say(f"reward: {len(rows):,} pairs; {dropped:,} longer than {config.max_tokens} tokens were dropped")
-        trainer = RewardTrainer(
-            model=model,
-            args=RewardConfig(
-                **training_arguments(config.run, config.optim, stage.folder),
-                train_sampling_strategy="sequential",
-                max_length=None,
-            ),
-            train_dataset=in_length_batches(rows, pair_lengths(rows), config.optim.batch_size, config.run.seed),
-            processing_class=tokenizer,
-        )
+        trainer = new_trainer(model, tokenizer, rows, config, stage.folder)
         report_to(trainer, stage)
         trainer.train()
         model.eval()
@@ -68,7 +58,40 @@ def train(config: Reward) -> Path:
             f"[{test['accuracy']['low']:.3f}, {test['accuracy']['high']:.3f}] on {test['accuracy']['n']:,} pairs; "
             f"TF-IDF + ridge {test['linear_baseline']['value']:.3f}; longer wins {test['longer_wins']['value']:.3f}"
         )
-        return stage.finish(partial(save, model, tokenizer) if is_main() else lambda _: None, metrics)
+        return stage.finish(partial(save, model, tokenizer), metrics)
+
+
+def new_trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Reward, folder: Path
+) -> RewardTrainer:
+    """TRL's trainer of -log sigmoid(chosen - rejected - margin) (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
+
+    AdamW with one more group: the head starts from noise, the trunk from pretrained features, which the head's
+    learning rate would destroy (docs/log.md).
+    """
+    head = head_weight(model)
+    trunk = [parameter for parameter in model.parameters() if parameter is not head]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trunk if p.ndim > 1]},
+            {"params": [p for p in trunk if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [head], "lr": config.head_learning_rate},
+        ],
+        config.optim.learning_rate,
+        betas=(0.9, config.optim.adam_beta2),
+        weight_decay=config.optim.weight_decay,
+    )
+    return RewardTrainer(
+        model=model,
+        args=RewardConfig(
+            **training_arguments(config.run, config.optim, folder),
+            train_sampling_strategy="sequential",
+            max_length=None,
+        ),
+        train_dataset=in_length_batches(rows, pair_lengths(rows), config.optim.batch_size, config.run.seed),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
 
 
 def pair_lengths(rows: Dataset) -> list[int]:
@@ -89,11 +112,9 @@ def score_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], config: Reward
 ) -> np.ndarray:
     """Scores (n,) of token rows, in batches of like lengths, each process computing all of them."""
-    accelerator = Accelerator(mixed_precision="bf16" if config.run.precision == "bf16" else "no")
+    accelerator = new_accelerator(config.run.precision)
     scores = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    for start in range(0, len(order), 2 * config.optim.micro_batch):
-        part = order[start : start + 2 * config.optim.micro_batch]
+    for part in length_batches(rows, 2 * config.optim.micro_batch):
         ids, mask = pad([rows[row] for row in part], tokenizer.pad_token_id, "right")
         with accelerator.autocast():
             scores[part] = reward_model_scores(model, ids.to(model.device), mask.to(model.device)).cpu().numpy()

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -42,6 +42,12 @@ class StageError(UserError):
 def processes() -> PartialState:
     """The processes of this run, joined at the first call; Accelerate joins them on CPUs (gloo) only when told to."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def new_accelerator(precision: str) -> Accelerator:
+    """Accelerate for these processes at a stage's precision: `autocast` is where bf16 happens, weights stay fp32."""
+    processes()
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
 
 
 def is_main() -> bool:
@@ -224,7 +230,7 @@ class StageRun:
     def finish(self, write: Callable[[Path], None], metrics: Mapping[str, Any]) -> Path:
         """Lets `write` fill a folder beside `final/`, lists it in DONE.json and renames it into place.
 
-        `write` runs on every process (a sharded model is gathered by all), each with the same path.
+        Only the main process writes: every process holds the same whole weights.
         """
         if self._progress is not None:
             task = self._progress.tasks[0]
@@ -234,10 +240,7 @@ class StageRun:
         temporary = self.folder / "final.partial"
         if state.is_main_process:
             temporary.mkdir()
-        state.wait_for_everyone()
-        write(temporary)
-        state.wait_for_everyone()
-        if state.is_main_process:
+            write(temporary)
             self._write_run_json(metrics)
             files = {str(f.relative_to(temporary)): f for f in sorted(temporary.rglob("*")) if f.is_file()}
             done = {

@@ -1,6 +1,7 @@
 """Stage 2: supervised fine-tuning on prompt -> completion, with loss on the completion only."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
@@ -9,7 +10,7 @@ from trl import SFTConfig
 from pipeline.config import SFT
 from pipeline.data import completion_rows, read_rows
 from pipeline.models import Policy, base_of, load_language_model, load_tokenizer, save_policy, with_adapter
-from pipeline.run import StageRun, is_main, say
+from pipeline.run import StageRun, say
 from pipeline.trainers import NextTokenTrainer, in_length_batches, quiet, report_to, training_arguments, validation_loss
 
 
@@ -60,4 +61,4 @@ def train(config: SFT) -> Path:
             "validation_tokens": tokens,
         }
         say(f"sft: validation loss {before:.3f} -> {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}")
-        return stage.finish(lambda folder: save_policy(model, tokenizer, folder) if is_main() else None, metrics)
+        return stage.finish(partial(save_policy, model, tokenizer), metrics)

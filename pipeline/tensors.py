@@ -97,9 +97,9 @@ def logits_without(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(token_ids, dtype=torch.long, device=logits.device), -torch.inf)
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Returns float32 logits / temperature; bfloat16 would leave errors of e^.0125 in a probability ratio."""
-    return logits.float() / temperature
+def _log_p(logits: Tensor, temperature: float) -> Tensor:
+    """Returns float32 log softmax(logits / temperature); bfloat16 would leave errors of e^.0125 in a ratio."""
+    return (logits.float() / temperature).log_softmax(dim=-1)
 
 
 def gather_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -108,8 +108,7 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tenso
     logits (B, T, V), tokens (B, T) long: row t of logits predicts token t (callers shift). The log-probability of
     a token whose logit is -inf is -inf.
     """
-    z = _scaled(logits, temperature)
-    return z.gather(-1, tokens[..., None]).squeeze(-1) - z.logsumexp(dim=-1)
+    return _log_p(logits, temperature).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:
@@ -117,16 +116,13 @@ def entropy(logits: Tensor, temperature: float) -> Tensor:
 
     A logit of -inf contributes 0 to the value and to the gradient, the limit of p log p.
     """
-    z = _scaled(logits, temperature)
-    return _entropy(z - z.logsumexp(dim=-1, keepdim=True))
+    return _entropy(_log_p(logits, temperature))
 
 
 def logprobs_and_entropy(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Returns `gather_logprobs` and `entropy` (each (B, T) float32) from one normalisation of logits (B, T, V)."""
-    z = _scaled(logits, temperature)
-    normaliser = z.logsumexp(dim=-1, keepdim=True)
-    chosen = z.gather(-1, tokens[..., None])
-    return (chosen - normaliser).squeeze(-1), _entropy(z - normaliser)
+    log_p = _log_p(logits, temperature)
+    return log_p.gather(-1, tokens[..., None]).squeeze(-1), _entropy(log_p)
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,9 +19,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
 from pipeline.config import Optim, Run
-from pipeline.data import IGNORED, pad
+from pipeline.data import IGNORED, length_batches, pad
 from pipeline.losses import next_token_loss
-from pipeline.run import StageRun, processes
+from pipeline.run import StageRun, new_accelerator, processes
 from pipeline.tensors import masked_sum
 
 
@@ -42,7 +41,7 @@ def quiet() -> None:
 def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
     """The arguments that TRL's SFTConfig and RewardConfig share, from our dials."""
     return dict(
-        output_dir=str(folder / "trainer"),
+        output_dir=str(folder),
         seed=run.seed,
         bf16=run.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
@@ -153,16 +152,12 @@ def validation_loss(
 
     Rows hold `input_ids` and optionally `labels`; they are shared out over processes.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = new_accelerator(precision)
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     ids, labels = rows["input_ids"], rows["labels"] if "labels" in rows.column_names else rows["input_ids"]
-    order = sorted(range(len(rows)), key=lambda row: len(ids[row]))[
-        accelerator.process_index :: accelerator.num_processes
-    ]
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    for part in length_batches(ids, batch_size)[accelerator.process_index :: accelerator.num_processes]:
         inputs, mask = pad([ids[row] for row in part], tokenizer.pad_token_id, "right")
         targets, _ = pad([labels[row] for row in part], IGNORED, "right")
         inputs, mask, targets = (x.to(accelerator.device) for x in (inputs, mask, targets))

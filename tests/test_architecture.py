@@ -11,7 +11,7 @@ LAYERS = (
     {"tensors", "config"},
     {"losses", "advantages", "run", "judges"},
     {"models", "data", "corpus"},
-    {"scoring", "rollout", "trainers"},
+    {"scoring", "rollout", "trainers", "report"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -4,14 +4,17 @@ import copy
 import json
 import math
 import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from pipeline import evaluate
-from pipeline.evaluate import HEADER, Responses, compare, headline, health, judge, page, rows_of
+from pipeline.evaluate import Responses, compare, headline, health, judge
 from pipeline.judges import share_ci
+from pipeline.report import HEADER, markdown_table, page, rows_of, write
 
 N = 24
 PROMPTS = [f"Opening {i} of" for i in range(N)]
@@ -223,12 +226,12 @@ def test_the_page_holds_every_number_and_its_tables_are_whole(report):
 
 
 def test_a_bar_in_a_cell_does_not_make_a_column():
-    lines = evaluate._markdown_table(("a", "b"), [("x|y", "z")])
+    lines = markdown_table(("a", "b"), [("x|y", "z")])
     assert lines == ["| a | b |", "| --- | --- |", "| x\\|y | z |"]
 
 
 def test_what_is_written_reads_back(report, tmp_path):
-    evaluate.write(report, SAMPLES, tmp_path)
+    write(report, SAMPLES, tmp_path)
     back = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert page(back, SAMPLES) == (tmp_path / "evaluation.md").read_text(encoding="utf-8") == page(report, SAMPLES)
 
@@ -262,3 +265,23 @@ def test_the_judge_keeps_a_documents_texts_on_one_side(tmp_path, monkeypatch):
     assert "lovely" in texts[0]
     judge(judge_file(tmp_path, key=False), seed=5)
     assert seen["given"][3] is None
+
+
+def test_the_page_over_seeds_has_every_seed_policy_and_interval(report):
+    page_over_seeds = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "seeds.py"))["page"]
+
+    def seed(shift: float) -> dict:
+        test = {name: {"value": value + shift} for name, value in accuracies.items()}
+        stages = {"pretrain": {"validation_loss": 4 + shift, "bits_per_byte": 1.8}, "sft": {"validation_loss": 3.8}}
+        return stages | {"reward": {"test": test}, "lora": report, "full": report}
+
+    accuracies = {"accuracy": 0.75, "linear_baseline": 0.8, "longer_wins": 0.5}
+    text = "\n".join(page_over_seeds([7, 8, 9], [seed(0.01), seed(0.02), seed(0.03)]))
+    half = stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
+    assert f"| 0.770 [{0.77 - half:.3f}, {0.77 + half:.3f}] | 0.760, 0.770, 0.780 |" in text
+    judge = report["ppo_against_sft"]["vader"]["difference"]
+    assert text.count(f"{judge['value']:+.3f} [{judge['low']:+.3f}, {judge['high']:+.3f}]") == 6
+    for line in ("| LoRA PPO | 7 |", "| full PPO | 9 |"):
+        assert text.count(line) == 2
+    outside = sum(not row["healthy"] for row in report["health"])
+    assert text.count("**outside**") == 6 * outside

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.losses import bradley_terry_loss, next_token_loss, policy_loss, value_loss
+from pipeline.losses import next_token_loss, policy_loss, value_loss
 from pipeline.tensors import gather_logprobs, masked_mean, response_mask
 
 NAN, INF = math.nan, math.inf
@@ -128,33 +128,6 @@ def test_the_backward_pass_keeps_one_array_of_counted_rows_by_vocabulary():
     rows = int(mask.sum())
     assert [size for size in kept.values() if size > 2 * rows] == [rows * 7]
     assert loss.requires_grad
-
-
-# Bradley-Terry
-
-
-@pytest.mark.parametrize(("difference", "loss"), [(0, 0.693147), (1, 0.313262), (-1, 1.313262), (2, 0.126928)])
-def test_bradley_terry_values(difference, loss):
-    rejected = torch.tensor([-3.25])
-    close(bradley_terry_loss(rejected + difference, rejected, torch.zeros(1)), [loss])
-    close(bradley_terry_loss(rejected + difference + 0.7, rejected, torch.tensor([0.7])), [loss])
-
-
-def test_bradley_terry_per_pair():
-    losses = bradley_terry_loss(torch.tensor([0.5, 1.5, -1.0]), torch.zeros(3), torch.zeros(3))
-    close(losses, [0.474077, 0.201413, 1.313262])
-    close(losses.mean(), 0.662917)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_badly_ranked_pair_neither_overflows_nor_saturates(dtype):
-    chosen = torch.tensor([-1000.0], dtype=dtype, requires_grad=True)
-    rejected = torch.tensor([0.0], dtype=dtype, requires_grad=True)
-    loss = bradley_terry_loss(chosen, rejected, torch.zeros(1))
-    loss.sum().backward()
-    assert loss.item() == 1000
-    assert loss.dtype == torch.float32
-    assert (chosen.grad.item(), rejected.grad.item()) == (-1, 1)
 
 
 # clipped policy

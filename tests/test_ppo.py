@@ -185,16 +185,16 @@ def test_the_loss_is_linear_in_its_coefficients(actor_critic, experience):
 
 @pytest.mark.parametrize("adapter", ["none", "lora", "ia3"])
 def test_policy_and_critic_move_and_the_reference_does_not(
-    adapter, actor_critic, experience, accelerator, reward_model, saved
+    adapter, actor_critic, experience, accelerator, reward_model
 ):
     if adapter != "none":
         actor_critic.policy = with_adapter(actor_critic.policy, Adapter(adapter=adapter))
-    reference = ppo.make_reference(actor_critic, saved["gpt2"], accelerator)
+    reference = ppo.make_reference(actor_critic, accelerator)
     ids, mask, size = experience.input_ids, experience.attention_mask, experience.size
     real = experience.response_mask
     with torch.no_grad():
         expected, own = reference(ids, mask, size)[0], actor_critic(ids, mask, size)[0]
-    assert torch.equal(expected[real], own[real]) == (adapter != "none")
+    assert torch.equal(expected[real], own[real])
     frozen_before = weights(reward_model)
     policy, critic = weights(actor_critic.policy), weights(actor_critic.critic)
     run_update(actor_critic, experience, accelerator)
