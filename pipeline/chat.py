@@ -4,10 +4,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import Chat
+from pipeline.data import decode
 from pipeline.models import Policy, frozen, load_language_model, load_tokenizer
 from pipeline.rollout import generate
-from pipeline.run import console, processes, read_done
-from pipeline.trainers import decode, quiet
+from pipeline.run import console, processes, quiet, read_done
 
 
 def talk(config: Chat) -> None:

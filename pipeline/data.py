@@ -115,6 +115,13 @@ def _not_empty(rows: list[dict], max_tokens: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of ids, special tokens left out, spaces as they were."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
     """(B, S) ids padded on one side, and the boolean mask of the real ones, made from the lengths."""
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]

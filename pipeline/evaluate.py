@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Evaluate, Sampling, UserError
-from pipeline.data import read_rows
+from pipeline.data import decode, read_rows
 from pipeline.judges import (
     Classifier,
     Vader,
@@ -29,9 +29,8 @@ from pipeline.judges import (
 from pipeline.models import frozen, load_language_model, load_reward_model, load_tokenizer, response_logprobs
 from pipeline.report import show, write
 from pipeline.rollout import Rollout, generate
-from pipeline.run import StageRun, new_accelerator
+from pipeline.run import StageRun, new_accelerator, quiet
 from pipeline.scoring import reward_model_scores
-from pipeline.trainers import decode, quiet
 
 LABELS = {"negative": 0, "positive": 1}
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.advantages import explained_variance, kl_k3
 from pipeline.config import PPO, UserError
-from pipeline.data import read_rows
+from pipeline.data import decode, read_rows
 from pipeline.losses import policy_loss, value_loss
 from pipeline.models import (
     ActorCritic,
@@ -44,10 +44,9 @@ from pipeline.models import (
     with_adapter,
 )
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, to_experience
-from pipeline.run import StageRun, new_accelerator, processes, say
+from pipeline.run import StageRun, new_accelerator, processes, quiet, say
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import masked_mean, masked_sum
-from pipeline.trainers import decode, quiet
 
 
 def train(config: PPO, score: ScoreFunction | None = None) -> Path:

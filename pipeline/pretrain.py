@@ -10,15 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from pipeline.config import Pretrain, Sampling
-from pipeline.data import language_rows, read_rows
+from pipeline.data import decode, language_rows, read_rows
 from pipeline.models import load_language_model, load_tokenizer, new_language_model, save_policy, train_tokenizer
 from pipeline.rollout import generate
-from pipeline.run import StageRun, say
+from pipeline.run import StageRun, quiet, say
 from pipeline.trainers import (
     NextTokenTrainer,
-    decode,
     packed_tokens,
-    quiet,
     report_to,
     training_arguments,
     validation_loss,

@@ -18,9 +18,9 @@ from pipeline.data import length_batches, pad, preference_rows, read_rows
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
 from pipeline.models import frozen, head_weight, load_language_model, load_tokenizer, new_reward_model
 from pipeline.rollout import generate
-from pipeline.run import StageRun, new_accelerator, processes, say
+from pipeline.run import StageRun, new_accelerator, processes, quiet, say
 from pipeline.scoring import reward_model_scores
-from pipeline.trainers import in_length_batches, quiet, report_to, training_arguments
+from pipeline.trainers import in_length_batches, report_to, training_arguments
 
 MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)  # rating points; pairs from binary labels have margin 0
 
@@ -71,12 +71,13 @@ def new_trainer(
     """
     head = head_weight(model)
     trunk = [parameter for parameter in model.parameters() if parameter is not head]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trunk if p.ndim > 1]},
+        {"params": [p for p in trunk if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [head], "lr": config.head_learning_rate},
+    ]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trunk if p.ndim > 1]},
-            {"params": [p for p in trunk if p.ndim < 2], "weight_decay": 0.0},
-            {"params": [head], "lr": config.head_learning_rate},
-        ],
+        groups,
         config.optim.learning_rate,
         betas=(0.9, config.optim.adam_beta2),
         weight_decay=config.optim.weight_decay,

@@ -13,6 +13,7 @@ config, the data, the parents and every file: a stage made from other inputs is 
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -20,11 +21,14 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 import yaml
 from accelerate import Accelerator, PartialState
 from rich.console import Console
@@ -52,6 +56,19 @@ def new_accelerator(precision: str) -> Accelerator:
 
 def is_main() -> bool:
     return processes().is_main_process
+
+
+def quiet() -> None:
+    """Keeps dependencies' progress bars and advice out of the stage's own few lines; errors still show."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find that out itself
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("accelerate", "trl", "peft", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def say(text: str) -> None:

@@ -1,15 +1,11 @@
 """What pretraining, SFT and reward training share: TRL's trainers under our dials, loss, log and validation."""
 
-import logging
 import math
-import os
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -23,19 +19,6 @@ from pipeline.data import IGNORED, length_batches, pad
 from pipeline.losses import next_token_loss
 from pipeline.run import StageRun, new_accelerator, processes
 from pipeline.tensors import masked_sum
-
-
-def quiet() -> None:
-    """Keeps dependencies' progress bars and advice out of the stage's own few lines; errors still show."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find that out itself
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("accelerate", "trl", "peft", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
@@ -173,10 +156,3 @@ def validation_loss(
 def packed_tokens(rows: Dataset) -> int:
     """Tokens in all rows."""
     return sum(len(ids) for ids in rows["input_ids"])
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of ids, special tokens left out, spaces as they were."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text

@@ -21,7 +21,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from pipeline.models import new_reward_model, save_policy, train_tokenizer
+from pipeline.models import ATTENTION, new_reward_model, save_policy, train_tokenizer
 
 SENTENCES = ("the cat sat on a mat.", " a dog ate the cake,", " not the hat. no", " so he had tea on the sea.")
 
@@ -47,10 +47,13 @@ def make_model(tokenizer: Tokenizer) -> ModelMaker:
         common = {"vocab_size": len(tokenizer), "initializer_range": 0.5, "attention_dropout": dropout} | special
         if kind == "llama":
             sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
-            return LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=40, **sizes, **common)).eval()
+            llama = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=40, **sizes, **common)).eval()
+            llama.set_attn_implementation(ATTENTION)
+            return llama
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
         dropouts = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **common)).eval()
+        model.set_attn_implementation(ATTENTION)
         if lean is not None:
             with torch.no_grad():
                 model.transformer.ln_f.weight[-1], model.transformer.ln_f.bias[-1] = 0, 1

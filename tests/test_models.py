@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from pipeline.config import Adapter, Pretrain
+from pipeline.data import decode
 from pipeline.models import (
+    ATTENTION,
     ActorCritic,
     Critic,
     ModelError,
@@ -30,7 +32,6 @@ from pipeline.models import (
     without_dropout,
 )
 from pipeline.scoring import reward_model_scores
-from pipeline.trainers import decode
 
 KINDS = ("gpt2", "llama")
 ADAPTERS = (Adapter(adapter="lora", lora_rank=3, lora_alpha=8), Adapter(adapter="ia3"))
@@ -116,6 +117,9 @@ def test_a_new_language_model_has_the_dials_size_and_the_tokenizers_ids(tokenize
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adapter", [Adapter(), *ADAPTERS], ids=lambda a: a.adapter)
 def test_a_saved_policy_loads_anywhere(kind, adapter, make_model, tokenizer, saved, tmp_path, monkeypatch):
+    def stock(name):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation=ATTENTION).eval()
+
     shutil.copytree(saved[kind], tmp_path / "base")
     policy = load_language_model(tmp_path / "base")
     if adapter.adapter != "none":
@@ -133,20 +137,19 @@ def test_a_saved_policy_loads_anywhere(kind, adapter, make_model, tokenizer, sav
     if adapter.adapter != "none":
         named = json.loads((tmp_path / "moved" / "adapter_config.json").read_text())
         assert named["base_model_name_or_path"] is None  # any path would be wrong after a move
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "moved").eval()
-    close(logits(stock), before, 1e-6)
-    assert bool(adapter_layers(stock)) == (adapter.adapter != "none")
+    close(logits(stock("moved")), before, 1e-6)
+    assert bool(adapter_layers(stock("moved"))) == (adapter.adapter != "none")
     merged = load_language_model(tmp_path / "moved").eval()
     close(logits(merged), before, 1e-5)
     assert adapter_layers(merged) == []
     assert all(parameter.requires_grad for parameter in merged.parameters())
     merged.save_pretrained(tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("adapter*"))
-    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), before, 1e-5)
+    close(logits(stock("merged")), before, 1e-5)
     again = disturbed(with_adapter(merged, ADAPTERS[0]))
     expected = logits(again)
     save_policy(again, tokenizer, tmp_path / "again")
-    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()), expected, 1e-5)
+    close(logits(stock("again")), expected, 1e-5)
     assert load_tokenizer(tmp_path / "moved")("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
     generation = GenerationConfig.from_pretrained(tmp_path / "moved")
     assert (generation.do_sample, generation.top_k, generation.top_p, generation.temperature) == (True, 0, 1.0, 1.0)

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from pipeline.config import PPO, Adapter, Sampling
-from pipeline.data import preference_rows, text_ids
+from pipeline.data import decode, preference_rows, text_ids
 from pipeline.models import ActorCritic, Critic, response_logprobs, with_adapter
 from pipeline.ppo import ppo_loss
 from pipeline.rollout import Experience, Rollout, generate, to_experience
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import identity
-from pipeline.trainers import decode
 
 PAD, BOS, EOS = 0, 1, 2
 PROMPTS = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate", "he"]

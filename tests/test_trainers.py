@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from pipeline.config import Optim, Run
-from pipeline.data import IGNORED, language_rows
-from pipeline.trainers import NextTokenTrainer, decode, packed_tokens, report_to, training_arguments, validation_loss
+from pipeline.data import IGNORED, decode, language_rows
+from pipeline.trainers import NextTokenTrainer, packed_tokens, report_to, training_arguments, validation_loss
 
 LENGTHS = (3, 9, 4, 12, 7, 2, 10, 5)
 RUN = Run(precision="fp32", report_to="none")
