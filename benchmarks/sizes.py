@@ -1,6 +1,6 @@
 """Validation loss of pretraining at three sizes on the same tokens: docs/sizes.md.
 
-python benchmarks/sizes.py [--runs runs/sizes] [--epochs 0.2]
+python benchmarks/sizes.py [--runs runs/sizes] [--epochs 0.1]
 """
 
 import argparse
@@ -10,13 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-SIZES = ((64, 176, 2, 2), (128, 352, 4, 4), (192, 512, 4, 6))  # hidden_size, intermediate_size, layers, heads
+SIZES = ((64, 176, 2, 1), (128, 352, 4, 2), (192, 512, 4, 3))  # hidden_size, intermediate_size, layers, heads
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/sizes"))
-    parser.add_argument("--epochs", type=float, default=0.2)
+    parser.add_argument("--epochs", type=float, default=0.1)
     given = parser.parse_args()
     lines = [
         "# Pretraining loss at three sizes",

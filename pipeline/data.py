@@ -10,7 +10,7 @@ reward model reads in PPO exactly the ids it was trained on. Nothing here looks 
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,48 +65,51 @@ def _checked(file: str, number: int, line: bytes, fields: Sequence[str]) -> dict
     return row
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of a prompt, opened by what the tokenizer puts before a text (bos)."""
-    return tokenizer(prompt)["input_ids"]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt, opened by what the tokenizer puts before a text (bos)."""
+    return tokenizer(list(prompts))["input_ids"]
 
 
-def completion_ids(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:
-    """Ids of a completion, closed by EOS."""
-    return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def completion_ids(tokenizer: PreTrainedTokenizerBase, completions: Sequence[str]) -> list[list[int]]:
+    """Ids of each completion, closed by EOS."""
+    return [
+        [*ids, tokenizer.eos_token_id] for ids in tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    ]
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
-    """Ids of prompt + completion + EOS: what SFT trains on and what the reward model scores."""
-    return prompt_ids(tokenizer, prompt) + completion_ids(tokenizer, completion)
+def text_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
+    """Ids of each prompt + completion + EOS: what SFT trains on and what the reward model scores."""
+    parts = prompt_ids(tokenizer, prompts), completion_ids(tokenizer, completions)
+    return [prompt + completion for prompt, completion in zip(*parts, strict=True)]
 
 
-def language_rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Dataset:
+def language_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Dataset:
     """`input_ids` of whole texts, each opened by bos and closed by EOS."""
-    return Dataset.from_list([{"input_ids": text_ids(tokenizer, "", text)} for text in texts])
+    return Dataset.from_list([{"input_ids": ids} for ids in text_ids(tokenizer, [""] * len(texts), texts)])
 
 
-def completion_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], max_tokens: int) -> tuple[Dataset, int]:
+def completion_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], max_tokens: int) -> tuple[Dataset, int]:
     """`input_ids` and `labels` (IGNORED on the prompt) of prompt + completion + EOS; how many rows were too long."""
-    kept, dropped = [], 0
-    for row in rows:
-        prompt, completion = prompt_ids(tokenizer, row["prompt"]), completion_ids(tokenizer, row["completion"])
-        if len(prompt) + len(completion) > max_tokens:
-            dropped += 1
-            continue
-        kept.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
-    return _not_empty(kept, max_tokens), dropped
+    prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows])
+    completions = completion_ids(tokenizer, [row["completion"] for row in rows])
+    kept = [
+        {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+        for prompt, completion in zip(prompts, completions, strict=True)
+        if len(prompt) + len(completion) <= max_tokens
+    ]
+    return _not_empty(kept, max_tokens), len(prompts) - len(kept)
 
 
-def preference_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], max_tokens: int) -> tuple[Dataset, int]:
+def preference_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], max_tokens: int) -> tuple[Dataset, int]:
     """`chosen_ids`, `rejected_ids` and `margin` of pairs of whole texts, and how many pairs were too long."""
-    kept, dropped = [], 0
-    for row in rows:
-        chosen, rejected = (text_ids(tokenizer, row.get("prompt", ""), row[side]) for side in ("chosen", "rejected"))
-        if max(len(chosen), len(rejected)) > max_tokens:
-            dropped += 1
-            continue
-        kept.append({"chosen_ids": chosen, "rejected_ids": rejected, "margin": float(row.get("margin", 0.0))})
-    return _not_empty(kept, max_tokens), dropped
+    prompts = [row.get("prompt", "") for row in rows]
+    chosen, rejected = (text_ids(tokenizer, prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    kept = [
+        {"chosen_ids": better, "rejected_ids": worse, "margin": float(row.get("margin", 0.0))}
+        for row, better, worse in zip(rows, chosen, rejected, strict=True)
+        if max(len(better), len(worse)) <= max_tokens
+    ]
+    return _not_empty(kept, max_tokens), len(prompts) - len(kept)
 
 
 def _not_empty(rows: list[dict], max_tokens: int) -> Dataset:
@@ -140,4 +143,4 @@ def length_batches(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
 
 def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     """Left-padded prompts (B, P) and their mask; a longer prompt keeps its end (the part that asks)."""
-    return pad([prompt_ids(tokenizer, prompt)[-max_tokens:] for prompt in prompts], tokenizer.pad_token_id, "left")
+    return pad([ids[-max_tokens:] for ids in prompt_ids(tokenizer, prompts)], tokenizer.pad_token_id, "left")

@@ -109,10 +109,9 @@ def test_a_long_wrong_value_is_shortened(file):
 
 
 def test_prompt_and_completion_join_as_ids(tokenizer):
-    assert prompt_ids(tokenizer, "ab") == [1, *ids("ab")]
-    assert completion_ids(tokenizer, " cd") == [*ids(" cd"), 2]
-    assert text_ids(tokenizer, "ab", " cd") == [1, *ids("ab cd"), 2]
-    assert text_ids(tokenizer, "", "f") == [1, *ids("f"), 2]
+    assert prompt_ids(tokenizer, ["ab", "e"]) == [[1, *ids("ab")], [1, *ids("e")]]
+    assert completion_ids(tokenizer, [" cd", "e"]) == [[*ids(" cd"), 2], [*ids("e"), 2]]
+    assert text_ids(tokenizer, ["ab", ""], [" cd", "f"]) == [[1, *ids("ab cd"), 2], [1, *ids("f"), 2]]
     assert language_rows(tokenizer, ["ab", "c"])["input_ids"] == [[1, *ids("ab"), 2], [1, *ids("c"), 2]]
 
 
@@ -120,7 +119,7 @@ def test_apart_and_together_differ_under_bpe_and_the_reward_model_reads_sfts_ids
     """A merge may cross from prompt to completion; SFT, reward and PPO must all read the ids joined, never re-cut."""
     bpe = train_tokenizer("bpe", ["abcd " * 50, "ab cd abcd " * 50], 280)
     prompt, completion = "ab", "cd abcd"
-    joined = text_ids(bpe, prompt, completion)
+    [joined] = text_ids(bpe, [prompt], [completion])
     assert joined != [*bpe(prompt + completion)["input_ids"], bpe.eos_token_id]  # else this test shows nothing
     assert joined == [
         bpe.bos_token_id,
@@ -145,7 +144,7 @@ def test_loss_lies_on_the_completion_and_its_eos_alone(tokenizer):
 def test_too_long_rows_are_dropped_whole_and_counted(tokenizer, max_tokens, kept):
     rows = [GOOD, {"prompt": "a", "completion": "bb"}, {"prompt": "abcdef", "completion": "ab"}]  # 7, 5 and 10 tokens
     tokens, dropped = completion_rows(tokenizer, rows, max_tokens)
-    assert tokens["input_ids"] == [text_ids(tokenizer, rows[i]["prompt"], rows[i]["completion"]) for i in kept]
+    assert tokens["input_ids"] == text_ids(tokenizer, *([rows[i][f] for i in kept] for f in ("prompt", "completion")))
     assert dropped == len(rows) - len(kept)
 
 

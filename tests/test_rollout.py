@@ -250,7 +250,7 @@ def test_the_reward_model_reads_the_very_ids_it_was_trained_on(policy, reward_mo
         completion = decode(tokenizer, tokens)
         if rollout.has_eos[row] and not {BOS, tokenizer.unk_token_id} & set(tokens):
             plain += 1
-            assert seen[row] == text_ids(tokenizer, prompt, completion)
+            assert [seen[row]] == text_ids(tokenizer, [prompt], [completion])
             rows, _ = preference_rows(tokenizer, [{"prompt": prompt, "chosen": completion, "rejected": "a"}], 99)
             assert seen[row] == rows["chosen_ids"][0]
     assert plain >= 2
