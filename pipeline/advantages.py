@@ -40,6 +40,15 @@ def replace_missing_eos(scores: Tensor, has_eos: Tensor, missing_eos_score: floa
     return scores if missing_eos_score is None else torch.where(has_eos, scores, missing_eos_score)
 
 
+def clip_scores(scores: Tensor, bound: float | None) -> Tensor:
+    """Returns scores (B,) cut to -bound..bound, in score units; None changes nothing.
+
+    Scores have mean 0 on the SFT policy's samples, so a bound near their standard deviation pays a good response in
+    full and leaves nothing to gain from making it better still by the one word the reward model likes most.
+    """
+    return scores if bound is None else scores.clamp(-bound, bound)
+
+
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Returns -kl_coef * kl, plus the score on the last real token (Ouyang et al. 2022, arXiv 2203.02155, eq. 2).
 

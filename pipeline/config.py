@@ -199,6 +199,9 @@ class PPO:
     value_clip: float = dial(0.2, "largest change of a value per rollout, in reward units", low=0)
     value_coef: float = dial(0.5, "c1: weight of the value loss", low=0)
     entropy_coef: float = dial(0.0, "c2: weight of the entropy bonus", low=0)
+    score_clip: float | None = dial(
+        None, "scores beyond +-this are cut to it, in reward units: enough is enough; none: they are not", low=0
+    )
     missing_eos_score: float | None = dial(-1.0, "replaces the score of a response without EOS; none: keep the score")
     critic_warmup: int = dial(10, "first rollouts in which only the critic learns", low=0)
     eval_every: int = dial(10, "rollouts between evaluations on validation prompts", low=1)

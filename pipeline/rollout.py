@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.advantages import gae, kl_k1, replace_missing_eos, token_rewards
+from pipeline.advantages import clip_scores, gae, kl_k1, replace_missing_eos, token_rewards
 from pipeline.config import PPO, Sampling
 from pipeline.data import prompt_batch
 from pipeline.models import Policy, base_of, sampling_config
@@ -56,7 +56,7 @@ class Experience:
     old_logprobs: Tensor  # (B, T) nats
     old_values: Tensor  # (B, T) reward units
     kl: Tensor  # (B, T) nats, k1 estimate against the reference
-    scores: Tensor  # (B,) as the reward says, before a missing EOS replaces it
+    scores: Tensor  # (B,) as the reward says, before they are clipped and a missing EOS replaces them
     rewards: Tensor  # (B, T) reward units
     returns: Tensor  # (B, T) reward units
     advantages: Tensor  # (B, T) whitened over all processes
@@ -121,7 +121,7 @@ def to_experience(
     mask = rollout.response_mask
     old_logprobs, old_values, all_scores = torch.cat(logprobs), torch.cat(values), torch.cat(scores)
     kl = kl_k1(old_logprobs, torch.cat(ref_logprobs)).masked_fill(~mask, 0)
-    used = replace_missing_eos(all_scores, rollout.has_eos, config.missing_eos_score)
+    used = replace_missing_eos(clip_scores(all_scores, config.score_clip), rollout.has_eos, config.missing_eos_score)
     rewards = token_rewards(used, kl, mask, config.kl_coef)
     advantages = gae(rewards, old_values, mask, config.gamma, config.lam)
     return Experience(

@@ -172,6 +172,25 @@ def test_rewards_returns_and_advantages_by_their_definitions():
     assert experience.advantages[mask].var(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("bound", [0.0, 0.05, None])
+def test_scores_are_clipped_on_both_sides_before_a_missing_eos_replaces_them(bound):
+    actor_critic, reference, score = given_forwards(0.0)
+    scores = score(ROLLOUT.input_ids, ROLLOUT.attention_mask)
+    middle = scores[ROLLOUT.has_eos].mean()
+
+    def centred(ids, mask):
+        return score(ids, mask) - middle
+
+    config = dataclasses.replace(CONFIG, score_clip=bound)
+    experience = to_experience(ROLLOUT, actor_critic, reference, centred, config, identity)
+    free = (scores - middle).tolist()
+    assert experience.scores.tolist() == pytest.approx(free, abs=1e-6)  # logged as they are
+    assert min(free) < -0.05 < 0.05 < max(free)
+    cut = free if bound is None else [min(max(s, -bound), bound) for s in free]
+    expected = torch.where(ROLLOUT.has_eos, torch.tensor(cut), -1.5)
+    torch.testing.assert_close(experience.rewards.sum(1) + 0.3 * experience.kl.sum(1), expected, atol=1e-5, rtol=0)
+
+
 def test_a_missing_eos_keeps_its_score_when_told_so():
     kept = experience_of(0.0, dataclasses.replace(CONFIG, missing_eos_score=None))
     replaced = experience_of(0.0)
