@@ -29,7 +29,7 @@ class Watch(TrainerCallback):
         self.rates = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
 
 
-def bradley_terry(model, rows, pad_id):
+def bradley_terry(model, rows):
     """-log sigmoid(chosen - rejected - margin) of each pair, every text scored alone."""
 
     def score(ids):
@@ -42,7 +42,7 @@ def bradley_terry(model, rows, pad_id):
 def test_a_step_is_the_bradley_terry_loss_of_our_scores_with_margins(reward_model, tokenizer, tmp_path):
     reward_model.requires_grad_(True)
     rows, _ = preference_rows(tokenizer, PAIRS, 99)
-    expected = bradley_terry(reward_model, rows, tokenizer.pad_token_id).mean()
+    expected = bradley_terry(reward_model, rows).mean()
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in reward_model.named_parameters()}
     reward_model.zero_grad()
