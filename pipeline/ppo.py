@@ -175,11 +175,11 @@ def update(
         for rows in torch.randperm(len(experience)).split(own):
             tokens = accelerator.reduce(experience.response_mask[rows].sum(), "sum")
             step: dict[str, Tensor] = {}
-            parts = rows.split(micro)
+            parts = experience.micro_batches(rows, micro)
             for number, part in enumerate(parts):
                 last = number == len(parts) - 1
                 with nullcontext() if last else accelerator.no_sync(actor_critic):
-                    loss, sums = ppo_loss(actor_critic, experience[part], config, tokens, trains_policy)
+                    loss, sums = ppo_loss(actor_critic, part, config, tokens, trains_policy)
                     # DDP averages gradients over processes; the sum over tokens wants their total.
                     accelerator.backward(loss * accelerator.num_processes)
                 step = {name: step.get(name, torch.zeros(())) + value for name, value in sums.items()}

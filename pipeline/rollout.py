@@ -71,6 +71,22 @@ class Experience:
     def __getitem__(self, rows: Tensor) -> "Experience":
         return Experience(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
+    def micro_batches(self, rows: Tensor, size: int) -> list["Experience"]:
+        """The given rows in parts of at most `size` rows of like lengths, without columns of nothing but padding."""
+        lengths = self.attention_mask.sum(1)
+        return [self[part]._trimmed() for part in rows[lengths[rows].argsort()].split(size)]
+
+    def _trimmed(self) -> "Experience":
+        left = int(self.attention_mask.any(0).int().argmax())  # prompts are padded on the left
+        size = int(self.response_mask.any(0).sum())  # and responses on the right
+        right = self.attention_mask.shape[1] - self.size + size
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Experience(
+            **{name: x[:, left:right] for name, x in tensors.items() if name in ("input_ids", "attention_mask")},
+            **{name: x[:, :size] for name, x in tensors.items() if x.shape == self.response_mask.shape},
+            **{name: x for name, x in tensors.items() if x.ndim == 1},
+        )
+
 
 @torch.no_grad()
 def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sampling: Sampling) -> Rollout:

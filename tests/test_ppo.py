@@ -68,23 +68,32 @@ def run_update(actor_critic, experience, accelerator, config=CONFIG, trains_poli
     return ppo.update(actor_critic, optimizer, experience, config, accelerator, trains_policy)
 
 
+def texts(input_ids, attention_mask):
+    """The real tokens of each row, whatever it is padded to."""
+    return [tuple(ids[mask].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+
+
 # what an update is made of
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 64])
 def test_without_a_learning_rate_every_ratio_is_one(micro_batch, actor_critic, experience, accelerator):
     config = dataclasses.replace(CONFIG, micro_batch=micro_batch, learning_rate=0.0, critic_learning_rate=0.0)
-    seen = []
+    calls, errors = [], []
 
     def record(_, inputs, outputs):
-        rows = [(experience.input_ids == row).all(1).nonzero()[0, 0] for row in inputs[0]]
-        real = inputs[1][:, -experience.size :]
-        seen.append((outputs[0] - experience.old_logprobs[torch.stack(rows)])[real].abs().max().item())
+        known = texts(experience.input_ids, experience.attention_mask)
+        for text, logprobs in zip(texts(*inputs[:2]), outputs[0], strict=True):
+            row = known.index(text)
+            old = experience.old_logprobs[row][experience.response_mask[row]]
+            errors.append((logprobs[: len(old)] - old).abs().max().item())
+        calls.append(len(outputs[0]))
 
     actor_critic.register_forward_hook(record)
     metrics = run_update(actor_critic, experience, accelerator, config)
-    assert len(seen) == 3 * 2 * -(-4 // min(micro_batch, 4))
-    assert max(seen) < 1e-5
+    assert len(calls) == 3 * 2 * -(-4 // min(micro_batch, 4))
+    assert sum(calls) == 3 * 8
+    assert max(errors) < 1e-5
     assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["approx_kl"] < 1e-10
     assert metrics["clip_fraction"] == metrics["value_clip_fraction"] == 0
@@ -153,13 +162,13 @@ def test_each_epoch_steps_once_per_minibatch_and_uses_each_sequence_once(
     optimizer, _ = ppo.make_optimizer(actor_critic, config)
     steps, used = [], []
     optimizer.register_step_post_hook(lambda *_: steps.append(len(used)))
-    actor_critic.register_forward_pre_hook(lambda _, inputs: used.extend(map(tuple, inputs[0].tolist())))
+    actor_critic.register_forward_pre_hook(lambda _, inputs: used.extend(texts(*inputs[:2])))
     torch.manual_seed(0)
     ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
     size = 8 // minibatches
     assert steps == [size * (n + 1) for n in range(epochs * minibatches)]
     epochs_used = [used[8 * n : 8 * n + 8] for n in range(epochs)]
-    rows = sorted(map(tuple, experience.input_ids.tolist()))
+    rows = sorted(texts(experience.input_ids, experience.attention_mask))
     assert [sorted(epoch) for epoch in epochs_used] == [rows] * epochs
     assert len(set(map(tuple, epochs_used))) == epochs  # each in an order of its own
 

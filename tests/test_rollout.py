@@ -172,6 +172,35 @@ def test_rewards_returns_and_advantages_by_their_definitions():
     assert experience.advantages[mask].var(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_micro_batches_hold_each_row_once_and_no_column_of_padding(size, policy, tokenizer):
+    """NaN stands wherever a row of the experience has no token: what is cut away or kept is seen by it."""
+    rollout = sample(policy, tokenizer)
+    mask, rows = rollout.response_mask, torch.tensor([6, 0, 3, 2, 7])
+    per_token = [torch.rand(mask.shape).masked_fill(~mask, torch.nan) for _ in range(6)]
+    experience = Experience(
+        rollout.input_ids, rollout.attention_mask, mask, rollout.has_eos, *per_token[:3], torch.arange(8.0),
+        *per_token[3:],
+    )  # fmt: skip
+    parts = experience.micro_batches(rows, size)
+    assert [len(part) for part in parts] == [size] * (5 // size) + [5 % size] * (5 % size > 0)
+    assert torch.cat([part.scores for part in parts]).sort().values.tolist() == [0, 2, 3, 6, 7]
+    lengths = [part.attention_mask.sum(1) for part in parts]
+    assert torch.equal(torch.cat(lengths), torch.cat(lengths).sort().values)
+    for part in parts:
+        assert part.attention_mask.any(0).all()
+        assert part.response_mask.any(0).all()
+        for number, row in enumerate(part.scores.long().tolist()):
+            for field in dataclasses.fields(Experience):
+                whole, piece = getattr(experience, field.name)[row], getattr(part, field.name)[number]
+                if field.name in ("input_ids", "attention_mask"):
+                    whole, piece = whole[experience.attention_mask[row]], piece[part.attention_mask[number]]
+                elif piece.ndim:
+                    assert piece.shape == (part.size,)
+                    whole, piece = whole[mask[row]], piece[part.response_mask[number]]
+                assert torch.equal(whole, piece), field.name
+
+
 @pytest.mark.parametrize("bound", [0.0, 0.05, None])
 def test_scores_are_clipped_on_both_sides_before_a_missing_eos_replaces_them(bound):
     actor_critic, reference, score = given_forwards(0.0)
