@@ -10,6 +10,7 @@ A stage is finished when `final/DONE.json` is there, and nothing reads an unfini
 config, the data, the parents and every file: a stage made from other inputs is recognised and never silently reused.
 """
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -71,6 +72,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def keep_freed_memory() -> None:
+    """Lets glibc reuse a large tensor's memory instead of giving its pages back and faulting them in again.
+
+    On a CPU a pretraining step is 1.5 times as fast (docs/log.md). Nothing happens where there is no glibc.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def say(text: str) -> None:
     """Prints one line, on the main process only."""
     if is_main():
@@ -111,6 +123,7 @@ def verify(final: Path) -> dict[str, Any]:
 
 def stage_main(train: Callable[[Any], object], config: Any) -> None:
     """Runs a stage from the shell: an error that the user can mend is one sentence and exit status 1."""
+    keep_freed_memory()
     try:
         train(config)
     except UserError as error:
