@@ -81,6 +81,7 @@ def new_trainer(
         config.optim.learning_rate,
         betas=(0.9, config.optim.adam_beta2),
         weight_decay=config.optim.weight_decay,
+        fused=True,
     )
     return RewardTrainer(
         model=model,
