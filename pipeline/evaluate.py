@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +133,20 @@ def token_measurements(
 ) -> dict[str, torch.Tensor]:
     """Per response, (B,): score, KL to SFT, length, EOS, and negative log-likelihood under the base."""
     mask = rollout.response_mask
+    words = mask & (rollout.responses != tokenizer.eos_token_id)
 
-    def logprobs(of: PreTrainedModel, temperature: float, mask: torch.Tensor) -> torch.Tensor:
+    @cache  # a policy may be the SFT policy or the base itself
+    def logprobs(of: PreTrainedModel, temperature: float) -> torch.Tensor:
         ids = (rollout.input_ids, rollout.attention_mask, rollout.size)
-        return response_logprobs(of, *ids, temperature, tokenizer.pad_token_id)[0].masked_fill(~mask, 0).sum(1)
+        return response_logprobs(of, *ids, temperature, tokenizer.pad_token_id)[0]
 
+    log_ratio = logprobs(model, sampling.temperature) - logprobs(models["sft"], sampling.temperature)
     return {
         "score": reward_model_scores(reward_model, rollout.input_ids, rollout.attention_mask),
-        "kl": logprobs(model, sampling.temperature, mask) - logprobs(models["sft"], sampling.temperature, mask),
+        "kl": log_ratio.masked_fill(~mask, 0).sum(1),
         "length": rollout.length,
         "has_eos": rollout.has_eos,
-        "base_nll": -logprobs(models["base"], 1.0, mask & (rollout.responses != tokenizer.eos_token_id)),
+        "base_nll": -logprobs(models["base"], 1.0).masked_fill(~words, 0).sum(1),
     }
 
 

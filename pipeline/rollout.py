@@ -3,7 +3,7 @@
     prompts -> generate -> Rollout -> score, policy, reference, critic -> token rewards -> GAE -> whiten -> Experience
 
 Everything in an Experience is computed once per rollout, without gradient, and is never refreshed between epochs. The
-log-probabilities that PPO calls old come from the same forward that training uses, so the first ratio is exactly 1.
+log-probabilities that PPO calls old come from the same forward that training uses, so the first ratio is 1.
 """
 
 from collections.abc import Callable, Sequence
