@@ -298,15 +298,16 @@ def reward_rows(texts: list[Text], limit: int | None, name: str) -> list[Row]:
     """Returns pairs of whole texts, at most limit of each source: rated sentences, rt sentences, and spans of reviews.
 
     A review's last span, where the verdict tends to stand, comes in two pairs and its first span in one. Spans are no
-    longer than what SFT writes (prompt and completion), which is what the reward model will score.
+    longer than what SFT writes (prompt and completion), which is what the reward model will score. There are fewest rt
+    sentences, so each comes in the most pairs: the three sources are then about equally many.
     """
     reviews = [(text, spans(sentences(text.text), 10, 28)) for text in texts if text.source == "imdb"]
     last = [replace(text, text=cut[-1]) for text, cut in reviews if cut]
     first = [replace(text, text=cut[0]) for text, cut in reviews if len(cut) > 1]
     seen: set[frozenset[str]] = set()
     kinds = (
-        pairs([text for text in texts if text.source in RATED], 4, 0.5, "ratings", seen),
-        pairs([text for text in texts if text.source == "rt"], 3, 2.0, "rt", seen),
+        pairs([text for text in texts if text.source in RATED], 3, 0.5, "ratings", seen),
+        pairs([text for text in texts if text.source == "rt"], 6, 2.0, "rt", seen),
         pairs(last, 2, 2.0, "imdb", seen) + pairs(first, 1, 2.0, "imdb", seen),
     )
     return shuffled((row for kind in kinds for row in shuffled(kind, name)[:limit]), name)
