@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SIZES = ((64, 176, 2, 1), (128, 352, 4, 2), (192, 512, 4, 3))  # hidden_size, intermediate_size, layers, heads
+SIZES = ((64, 176, 2, 1), (128, 256, 4, 2), (192, 512, 4, 3))  # hidden_size, intermediate_size, layers, heads
 
 
 def main() -> None:
