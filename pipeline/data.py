@@ -135,9 +135,9 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, 
     )
 
 
-def length_batches(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Row numbers in batches of at most `size` rows of like lengths, so that they pad little; short ones first."""
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

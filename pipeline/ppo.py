@@ -169,13 +169,12 @@ def update(
     Without `trains_policy` only the critic learns: the policy's gradient is zero, and Adam leaves it where it is.
     """
     own = len(experience) // config.minibatches
-    micro = min(config.micro_batch, own)
     statistics: dict[str, list[Tensor]] = {}
     for _ in range(config.epochs):
         for rows in torch.randperm(len(experience)).split(own):
             tokens = accelerator.reduce(experience.response_mask[rows].sum(), "sum")
             step: dict[str, Tensor] = {}
-            parts = experience.micro_batches(rows, micro)
+            parts = experience.micro_batches(rows, config.micro_batch)
             for number, part in enumerate(parts):
                 last = number == len(parts) - 1
                 with nullcontext() if last else accelerator.no_sync(actor_critic):

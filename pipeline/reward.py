@@ -116,7 +116,7 @@ def score_rows(
     """Scores (n,) of token rows, in batches of like lengths, each process computing all of them."""
     accelerator = new_accelerator(config.run.precision)
     scores = np.zeros(len(rows))
-    for part in length_batches(rows, 2 * config.optim.micro_batch):
+    for part in length_batches(list(map(len, rows)), 2 * config.optim.micro_batch):
         ids, mask = pad([rows[row] for row in part], tokenizer.pad_token_id, "right")
         with accelerator.autocast():
             scores[part] = reward_model_scores(model, ids.to(model.device), mask.to(model.device)).cpu().numpy()

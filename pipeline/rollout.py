@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.advantages import clip_scores, gae, kl_k1, replace_missing_eos, token_rewards
 from pipeline.config import PPO, Sampling
-from pipeline.data import prompt_batch
+from pipeline.data import length_batches, prompt_batch
 from pipeline.models import Policy, base_of, sampling_config
 from pipeline.tensors import Reduce, response_length, response_mask, whiten
 
@@ -73,19 +73,15 @@ class Experience:
 
     def micro_batches(self, rows: Tensor, size: int) -> list["Experience"]:
         """The given rows in parts of at most `size` rows of like lengths, without columns of nothing but padding."""
-        lengths = self.attention_mask.sum(1)
-        return [self[part]._trimmed() for part in rows[lengths[rows].argsort()].split(size)]
+        lengths = self.attention_mask[rows].sum(1).tolist()
+        return [self[rows[part]]._trimmed() for part in length_batches(lengths, size)]
 
     def _trimmed(self) -> "Experience":
-        left = int(self.attention_mask.any(0).int().argmax())  # prompts are padded on the left
-        size = int(self.response_mask.any(0).sum())  # and responses on the right
-        right = self.attention_mask.shape[1] - self.size + size
+        columns = self.attention_mask.any(0)  # one run: prompts are padded on the left, responses on the right
+        per_token = self.response_mask.any(0)
+        masks = {len(columns): columns, len(per_token): per_token}
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Experience(
-            **{name: x[:, left:right] for name, x in tensors.items() if name in ("input_ids", "attention_mask")},
-            **{name: x[:, :size] for name, x in tensors.items() if x.shape == self.response_mask.shape},
-            **{name: x for name, x in tensors.items() if x.ndim == 1},
-        )
+        return Experience(**{name: x[:, masks[x.shape[1]]] if x.ndim == 2 else x for name, x in tensors.items()})
 
 
 @torch.no_grad()

@@ -140,7 +140,8 @@ def validation_loss(
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     ids, labels = rows["input_ids"], rows["labels"] if "labels" in rows.column_names else rows["input_ids"]
-    for part in length_batches(ids, batch_size)[accelerator.process_index :: accelerator.num_processes]:
+    batches = length_batches(list(map(len, ids)), batch_size)
+    for part in batches[accelerator.process_index :: accelerator.num_processes]:
         inputs, mask = pad([ids[row] for row in part], tokenizer.pad_token_id, "right")
         targets, _ = pad([labels[row] for row in part], IGNORED, "right")
         inputs, mask, targets = (x.to(accelerator.device) for x in (inputs, mask, targets))
