@@ -6,8 +6,9 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config import Chat
 from pipeline.data import decode
 from pipeline.models import Policy, frozen, load_language_model, load_tokenizer
+from pipeline.process import console, processes, quiet
 from pipeline.rollout import generate
-from pipeline.run import console, processes, quiet, read_done
+from pipeline.run import read_done
 
 
 def talk(config: Chat) -> None:

@@ -27,9 +27,10 @@ from pipeline.judges import (
     win_rate_ci,
 )
 from pipeline.models import frozen, load_language_model, load_reward_model, load_tokenizer, response_logprobs
+from pipeline.process import new_accelerator, quiet
 from pipeline.report import show, write
 from pipeline.rollout import Rollout, generate
-from pipeline.run import StageRun, new_accelerator, quiet
+from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 
 LABELS = {"negative": 0, "positive": 1}

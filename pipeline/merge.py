@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from pipeline.config import Merge, UserError
 from pipeline.data import prompt_batch, read_rows
 from pipeline.models import load_tokenizer, merge_adapter, save_policy, without_dropout
-from pipeline.run import StageRun, quiet, say
+from pipeline.process import quiet, say
+from pipeline.run import StageRun
 from pipeline.tensors import position_ids
 
 PROBES = 32

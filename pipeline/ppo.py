@@ -43,8 +43,9 @@ from pipeline.models import (
     save_policy,
     with_adapter,
 )
+from pipeline.process import new_accelerator, processes, quiet, say
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, to_experience
-from pipeline.run import StageRun, new_accelerator, processes, quiet, say
+from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import masked_mean, masked_sum
 

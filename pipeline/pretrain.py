@@ -12,8 +12,9 @@ from trl import SFTConfig
 from pipeline.config import Pretrain, Sampling
 from pipeline.data import decode, language_rows, read_rows
 from pipeline.models import load_language_model, load_tokenizer, new_language_model, save_policy, train_tokenizer
+from pipeline.process import quiet, say
 from pipeline.rollout import generate
-from pipeline.run import StageRun, quiet, say
+from pipeline.run import StageRun
 from pipeline.trainers import (
     NextTokenTrainer,
     packed_tokens,

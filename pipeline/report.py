@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.judges import Estimate
-from pipeline.run import console, is_main, say
+from pipeline.process import console, is_main, say
 
 HEADER = ("measure", "base", "SFT", "PPO", "PPO - SFT [95 % CI]")
 TITLES = {"score": "reward", "vader": "judge 1: VADER compound", "classifier": "judge 2: P(positive)"}

@@ -17,8 +17,9 @@ from pipeline.config import Reward
 from pipeline.data import length_batches, pad, preference_rows, read_rows
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
 from pipeline.models import frozen, head_weight, load_language_model, load_tokenizer, new_reward_model
+from pipeline.process import new_accelerator, processes, quiet, say
 from pipeline.rollout import generate
-from pipeline.run import StageRun, new_accelerator, processes, quiet, say
+from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 from pipeline.trainers import in_length_batches, report_to, training_arguments
 

@@ -10,11 +10,9 @@ A stage is finished when `final/DONE.json` is there, and nothing reads an unfini
 config, the data, the parents and every file: a stage made from other inputs is recognised and never silently reused.
 """
 
-import ctypes
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
@@ -22,71 +20,19 @@ import subprocess
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import transformers
 import yaml
-from accelerate import Accelerator, PartialState
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.config import UserError, flat, identity
-
-console = Console(highlight=False, soft_wrap=True)
+from pipeline.process import console, is_main, processes, say
 
 
 class StageError(UserError):
     """A stage that cannot start or finish; the message says why and how to mend it."""
-
-
-def processes() -> PartialState:
-    """The processes of this run, joined at the first call; Accelerate joins them on CPUs (gloo) only when told to."""
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def new_accelerator(precision: str) -> Accelerator:
-    """Accelerate for these processes at a stage's precision: `autocast` is where bf16 happens, weights stay fp32."""
-    processes()
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-
-
-def is_main() -> bool:
-    return processes().is_main_process
-
-
-def quiet() -> None:
-    """Keeps dependencies' progress bars and advice out of the stage's own few lines; errors still show."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find that out itself
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("accelerate", "trl", "peft", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc reuse a large tensor's memory instead of giving its pages back and faulting them in again.
-
-    On a CPU a pretraining step is 1.5 times as fast (docs/log.md). Nothing happens where there is no glibc.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def say(text: str) -> None:
-    """Prints one line, on the main process only."""
-    if is_main():
-        console.print(text, markup=False)
 
 
 def sha256(path: Path) -> str:
@@ -119,15 +65,6 @@ def verify(final: Path) -> dict[str, Any]:
         if not file.is_file() or file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
             raise StageError(f"{file}: missing or not as it was written (sha256 differs): run {done['stage']} again")
     return done
-
-
-def stage_main(train: Callable[[Any], object], config: Any) -> None:
-    """Runs a stage from the shell: an error that the user can mend is one sentence and exit status 1."""
-    keep_freed_memory()
-    try:
-        train(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 class StageRun:

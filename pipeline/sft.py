@@ -10,7 +10,8 @@ from trl import SFTConfig
 from pipeline.config import SFT
 from pipeline.data import completion_rows, read_rows
 from pipeline.models import Policy, base_of, load_language_model, load_tokenizer, save_policy, with_adapter
-from pipeline.run import StageRun, quiet, say
+from pipeline.process import quiet, say
+from pipeline.run import StageRun
 from pipeline.trainers import NextTokenTrainer, in_length_batches, report_to, training_arguments, validation_loss
 
 

@@ -17,7 +17,8 @@ from trl import SFTTrainer
 from pipeline.config import Optim, Run
 from pipeline.data import IGNORED, length_batches, pad
 from pipeline.losses import next_token_loss
-from pipeline.run import StageRun, new_accelerator, processes
+from pipeline.process import new_accelerator, processes
+from pipeline.run import StageRun
 from pipeline.tensors import masked_sum
 
 

@@ -10,7 +10,7 @@ from pipeline.config import Chat, parse
 def main() -> None:
     config = parse(Chat)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import chat
-    from pipeline.run import stage_main
+    from pipeline.process import stage_main
 
     stage_main(chat.talk, config)
 

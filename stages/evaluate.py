@@ -10,7 +10,7 @@ from pipeline.config import Evaluate, parse
 def main() -> None:
     config = parse(Evaluate)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import evaluate
-    from pipeline.run import stage_main
+    from pipeline.process import stage_main
 
     stage_main(evaluate.train, config)
 

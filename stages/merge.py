@@ -10,7 +10,7 @@ from pipeline.config import Merge, parse
 def main() -> None:
     config = parse(Merge)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import merge
-    from pipeline.run import stage_main
+    from pipeline.process import stage_main
 
     stage_main(merge.train, config)
 

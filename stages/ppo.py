@@ -10,7 +10,7 @@ from pipeline.config import PPO, parse
 def main() -> None:
     config = parse(PPO)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import ppo
-    from pipeline.run import stage_main
+    from pipeline.process import stage_main
 
     stage_main(ppo.train, config)
 

@@ -10,7 +10,7 @@ from pipeline.config import Pretrain, parse
 def main() -> None:
     config = parse(Pretrain)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import pretrain
-    from pipeline.run import stage_main
+    from pipeline.process import stage_main
 
     stage_main(pretrain.train, config)
 

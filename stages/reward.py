@@ -10,7 +10,7 @@ from pipeline.config import Reward, parse
 def main() -> None:
     config = parse(Reward)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import reward
-    from pipeline.run import stage_main
+    from pipeline.process import stage_main
 
     stage_main(reward.train, config)
 

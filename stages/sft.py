@@ -10,7 +10,7 @@ from pipeline.config import SFT, parse
 def main() -> None:
     config = parse(SFT)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import sft
-    from pipeline.run import stage_main
+    from pipeline.process import stage_main
 
     stage_main(sft.train, config)
 

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"tensors", "config"},
-    {"losses", "advantages", "run", "judges"},
-    {"models", "data", "corpus"},
+    {"losses", "advantages", "process", "judges"},
+    {"models", "data", "corpus", "run"},
     {"scoring", "rollout", "trainers", "report"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )

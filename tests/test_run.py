@@ -1,6 +1,5 @@
 """A stage's output is there whole or not at all, is known by its content, and is never silently reused or replaced."""
 
-import ctypes
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import SFT, parse
-from pipeline.run import StageError, StageRun, digest, read_done, stage_main, verify
+from pipeline.run import StageError, StageRun, digest, read_done, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -255,17 +254,6 @@ def test_runs_may_move(project, monkeypatch):
     assert not (project / final).exists()
 
 
-def test_a_users_error_is_one_sentence_with_status_1_and_a_bug_is_a_traceback(project):
-    def fails(config):
-        StageRun("sft", config, {}, ["absent.jsonl"])
-
-    with pytest.raises(SystemExit, match=r"^error: absent\.jsonl: no such file") as stopped:
-        stage_main(fails, config(SFT))
-    assert "\n" not in stopped.value.code
-    with pytest.raises(ZeroDivisionError):
-        stage_main(lambda config: 1 // 0, config(SFT))
-
-
 @pytest.mark.parametrize("mode", ["offline", None], ids=["WANDB_MODE=offline", "no key, no mode"])
 def test_wandb_runs_offline_without_asking(project, mode):
     """Without a key and without a terminal: the run finishes, and says how to upload it later."""
@@ -290,29 +278,3 @@ with StageRun("merge", parse(Merge, ["--config", "empty.yaml", "--report_to", "w
     assert list((project / command).glob("run-*.wandb"))
     assert verify(project / "runs/imdb/merge/final")["metrics"] == {"loss": 2.0}
     assert "wandb" in {path.name for path in (project / "runs/imdb/merge").iterdir()}
-
-
-PAGE_FAULTS = """
-import resource, torch
-from pipeline.run import keep_freed_memory
-{call}
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16, 2**20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-for _ in range(5):
-    faults()
-print(sum(faults() for _ in range(5)))
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's allocator is not here")
-def test_the_pages_of_a_freed_tensor_are_used_again():
-    """64 MiB, five times: each time 16,384 pages of 4 KiB, or 32 of 2 MiB, unless they were kept."""
-
-    def page_faults(call):
-        program = [sys.executable, "-c", PAGE_FAULTS.format(call=call)]
-        return int(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
-
-    assert page_faults("") >= 5 * 32
-    assert page_faults("keep_freed_memory()") < 32

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline import config, evaluate, merge, ppo, pretrain, reward, sft
 from pipeline.config import parse
-from pipeline.run import read_done, stage_main, verify
+from pipeline.process import stage_main
+from pipeline.run import read_done, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "merge": merge, "evaluate": evaluate}
