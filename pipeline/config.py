@@ -18,6 +18,8 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 
+SOURCES = "file, folder or hub dataset, or several (docs/data.md)"
+
 
 class UserError(ValueError):
     """Something a user can mend; its message is all they need to read, so stages print it without a traceback."""
@@ -57,9 +59,15 @@ class Run:
     recipe: str = dial("imdb", "name of the recipe: the folder of its runs and the wandb group")
     runs: str = dial("runs", "folder that holds <recipe>/<stage>/", place=True)
     seed: int = dial(0, "seed of initialisation, data order and sampling", low=0)
+    bad_rows: str = dial(
+        "error", "a row that cannot be used stops the stage, or is left out and counted", choices=("error", "drop")
+    )
     precision: str = dial("bf16", "arithmetic of forward and backward; weights stay fp32", choices=("fp32", "bf16"))
     report_to: str = dial(
-        "wandb", "wandb (offline by itself without a key) or none", choices=("wandb", "none"), place=True
+        "wandb",
+        "where metrics go besides metrics.jsonl; wandb is offline by itself without a key",
+        choices=("wandb", "tensorboard", "trackio", "none"),
+        place=True,
     )
 
     def folder(self, stage: str) -> Path:
@@ -105,7 +113,10 @@ class Sampling:
     """Pure sampling: what is sampled is exactly what is scored, so there is no top-k, top-p or penalty to set."""
 
     max_new_tokens: int = dial(40, "longest response, in tokens, EOS included", low=1)
-    max_prompt_tokens: int = dial(64, "longest prompt, in tokens; a longer one keeps its end", low=1)
+    max_prompt_tokens: int = dial(64, "longest prompt, in tokens", low=1)
+    long_prompts: str = dial(
+        "cut", "a longer prompt keeps its end, is left out, or stops the stage", choices=("cut", "drop", "error")
+    )
     temperature: float = dial(1.0, "divides the logits in sampling and in every scoring forward", low=1e-3)
 
 
@@ -113,10 +124,12 @@ class Sampling:
 class Pretrain:
     run: Run = Run()
     optim: Optim = Optim(learning_rate=3e-3)
-    train_file: str = dial("data/imdb/pretrain/train.jsonl", "rows with a `text` field", place=True)
-    validation_file: str = dial("data/imdb/pretrain/validation.jsonl", "rows with a `text` field", place=True)
+    train_file: str = dial("data/imdb/pretrain/train.jsonl", "`text`: " + SOURCES, place=True)
+    validation_file: str = dial("data/imdb/pretrain/validation.jsonl", "rows as in train_file", place=True)
     train_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     validation_rows: int = dial(0, "use the first n rows; 0: all", low=0)
+    stream: bool = dial(False, "read the rows while training and hold none: for text larger than memory; needs steps")
+    steps: int = dial(0, "optimiser steps; 0: as many as `epochs` passes take", low=0)
     tokenizer: str = dial("bpe", "bpe | char | word: trained on the training text; else a tokenizer's name or folder")
     vocab_size: int = dial(4096, "entries of a trained tokenizer, special tokens included", low=8)
     init: str = dial("", "continue this model instead of starting from scratch (with its tokenizer)")
@@ -130,6 +143,8 @@ class Pretrain:
 
     def check(self) -> None:
         exact(self.hidden_size, self.heads, "hidden_size / heads")
+        if self.stream and not self.steps:
+            raise ConfigError("stream: the number of rows is not known, so say how many --steps to train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +153,20 @@ class SFT:
     optim: Optim = Optim(learning_rate=1e-3)
     adapter: Adapter = Adapter()
     base: str = dial("", "model to start from; empty: this recipe's pretrain/final", place=True)
-    train_file: str = dial("data/imdb/sft/train.jsonl", "rows with `prompt` and `completion`", place=True)
-    validation_file: str = dial("data/imdb/sft/validation.jsonl", "rows with `prompt` and `completion`", place=True)
+    train_file: str = dial(
+        "data/imdb/sft/train.jsonl", "`prompt` + `completion`, `messages`, or pairs: " + SOURCES, place=True
+    )
+    validation_file: str = dial(
+        "data/imdb/sft/validation.jsonl",
+        "`prompt` + `completion`, `messages`, or pairs: " + SOURCES,
+        place=True,
+    )
     train_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     validation_rows: int = dial(0, "use the first n rows; 0: all", low=0)
-    max_tokens: int = dial(128, "longest prompt + completion + EOS; longer rows are dropped and counted", low=4)
+    max_tokens: int = dial(128, "longest prompt + completion + EOS", low=4)
+    too_long: str = dial(
+        "drop", "a longer row is left out, keeps its first tokens, or stops the stage", choices=("drop", "cut", "error")
+    )
     label_smoothing: float = dial(
         0.0, "probability spread over the K-1 wrong classes (Szegedy et al., arXiv 1512.00567)", low=0, high=0.8
     )
@@ -156,17 +180,22 @@ class Reward:
     base: str = dial("", "model to start from; empty: this recipe's pretrain/final", place=True)
     sft: str = dial("", "policy whose samples are given mean score 0; empty: this recipe's sft/final", place=True)
     train_file: str = dial(
-        "data/imdb/reward/train.jsonl", "rows with `chosen`, `rejected`, optional `prompt`, `margin`", place=True
+        "data/imdb/reward/train.jsonl",
+        "`chosen`, `rejected`, optional `prompt`, `margin`: " + SOURCES,
+        place=True,
     )
     validation_file: str = dial("data/imdb/reward/validation.jsonl", "rows as in train_file", place=True)
     test_file: str = dial("data/imdb/reward/test.jsonl", "rows as in train_file; read once, at the end", place=True)
     prompts_file: str = dial(
-        "data/imdb/ppo/validation.jsonl", "rows with `prompt`, for the samples of mean score 0", place=True
+        "data/imdb/ppo/validation.jsonl", "`prompt`, for the samples of mean score 0: " + SOURCES, place=True
     )
     train_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     validation_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     centre_prompts: int = dial(512, "prompts sampled to centre the score", low=1)
-    max_tokens: int = dial(128, "longest prompt + completion + EOS; longer rows are dropped and counted", low=4)
+    max_tokens: int = dial(128, "longest prompt + completion + EOS", low=4)
+    too_long: str = dial(
+        "drop", "a longer row is left out, keeps its first tokens, or stops the stage", choices=("drop", "cut", "error")
+    )
     sampling: Sampling = Sampling()
 
 
@@ -177,8 +206,8 @@ class PPO:
     sampling: Sampling = Sampling()
     sft: str = dial("", "starting policy and frozen reference; empty: this recipe's sft/final", place=True)
     reward: str = dial("", "reward model; empty: this recipe's reward/final", place=True)
-    train_file: str = dial("data/imdb/ppo/train.jsonl", "rows with `prompt`", place=True)
-    validation_file: str = dial("data/imdb/ppo/validation.jsonl", "rows with `prompt`", place=True)
+    train_file: str = dial("data/imdb/ppo/train.jsonl", "`prompt`, `messages`, or pairs: " + SOURCES, place=True)
+    validation_file: str = dial("data/imdb/ppo/validation.jsonl", "rows as in train_file", place=True)
     rollouts: int = dial(60, "rollouts: sample, score, then update", low=1)
     rollout_batch: int = dial(128, "responses per rollout, over all processes", low=1)
     epochs: int = dial(2, "passes over each rollout (Schulman et al., arXiv 1707.06347)", low=1)
@@ -241,9 +270,13 @@ class Evaluate:
     sft: str = dial("", "policy before PPO; empty: this recipe's sft/final", place=True)
     policy: str = dial("", "policy after PPO; empty: this recipe's merge/final", place=True)
     reward: str = dial("", "reward model; empty: this recipe's reward/final", place=True)
-    prompts_file: str = dial("data/imdb/ppo/test.jsonl", "held-out rows with `prompt`", place=True)
+    prompts_file: str = dial(
+        "data/imdb/ppo/test.jsonl", "held-out `prompt`, `messages`, or pairs: " + SOURCES, place=True
+    )
     judge_file: str = dial(
-        "data/imdb/judge/train.jsonl", "rows with `text`, `label` that no stage has seen", place=True
+        "data/imdb/judge/train.jsonl",
+        "rows with `text`, `label` (positive or negative) that no stage has seen; empty: sentiment is not judged",
+        place=True,
     )
     prompts: int = dial(1000, "how many prompts", low=2)
     batch_size: int = dial(128, "sequences per forward", low=1)
@@ -253,8 +286,14 @@ class Evaluate:
 @dataclasses.dataclass(frozen=True)
 class Chat:
     run: Run = Run(report_to="none")
-    sampling: Sampling = Sampling(max_new_tokens=60)
+    sampling: Sampling = Sampling(max_new_tokens=60, max_prompt_tokens=2048)
     prompt: str = dial("", "answer this one prompt and leave; empty: ask at the terminal")
+    policies: str = dial("base,sft,ppo", "which of them answer")
+
+    def check(self) -> None:
+        for name in self.policies.split(","):
+            if name not in ("base", "sft", "ppo"):
+                raise ConfigError(f"policies: expected some of base,sft,ppo, got '{name}'")
 
 
 Config = TypeVar("Config", Pretrain, SFT, Reward, PPO, Merge, Evaluate, Chat)

@@ -1,86 +1,164 @@
-"""From files of text to rows of token ids: one place where text becomes tokens, for every stage.
+"""From rows to token ids: one place where text becomes tokens, for every stage.
 
-    prompt      [bos] Just saw this with my
-    completion                              dad and we both loved it. [eos]
-    score input [bos] Just saw this with my dad and we both loved it. [eos]
+    prompt      [bos] Just saw this with my              Human: What is up?\n\nAssistant:
+    completion                              dad. [eos]                                     The sky. [eos]
+    score input [bos] Just saw this with my dad. [eos]   Human: What is up?\n\nAssistant: The sky. [eos]
 
 A prompt and its completion are tokenized apart and joined as ids, in SFT, in reward training and in PPO alike, so the
-reward model reads in PPO exactly the ids it was trained on. Nothing here looks for padding by its id.
+reward model reads in PPO exactly the ids it was trained on. A conversation goes through the tokenizer's chat template
+and is cut at its answers, each of which ends with EOS. Nothing here looks for padding by its id, and text that spells
+a special token stays text.
 """
 
-import json
-import math
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
+from rich.text import Text as Styled
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import UserError
+from pipeline.formats import Message, Text
+from pipeline.process import console, is_main, say
+from pipeline.sources import DataError
 
 IGNORED = -100  # the label of a token that carries no loss (PyTorch's convention)
 
+TRANSCRIPT = """{{- bos_token or '' -}}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{{- 'Human: ' + message.content + '\\n\\n' -}}
+{%- elif message.role == 'system' -%}{{- message.content + '\\n\\n' -}}
+{%- else -%}{{- 'Assistant:' -}}{%- generation -%}{{- ' ' + message.content + eos_token -}}{%- endgeneration -%}
+{{- '\\n\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"""
+"""The chat template given to a tokenizer that has none (the form of Bai et al., arXiv 2204.05862)."""
 
-class DataError(UserError):
-    """A row that cannot be used; the message names file, row and field, what was expected and how to mend it."""
-
-
-def read_rows(file: str, fields: Sequence[str], limit: int = 0) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, each with the given text fields; the first `limit` of them, 0 for all.
-
-    Raises DataError for a row that is not a JSON object, or lacks a field, or holds another type or no text in it;
-    the optional `prompt` and `margin` may be absent, not wrong.
-    """
-    rows: list[dict[str, Any]] = []
-    with Path(file).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit and len(rows) == limit:
-                break
-            rows.append(_checked(file, number, line, fields))
-    if not rows:
-        raise DataError(f"{file}: no rows; expected one JSON object per line with {', '.join(fields)}")
-    return rows
+QUOTED = re.compile("\ue000(\\d+)\ue001")
+"""Stands for a special token's name in what people wrote, while a chat template writes the real ones around it."""
 
 
-def _checked(file: str, number: int, line: bytes, fields: Sequence[str]) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: row {number}: not JSON ({error}); expected one object per line") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{file}: row {number}: expected a JSON object, got {type(row).__name__}")
-    for field in fields:
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            got = repr(row[field])[:40] if field in row else "no such field"
-            raise DataError(f"{file}: row {number}: {field}: expected text, got {got}; mend or remove the row")
-    if not isinstance(row.get("prompt", ""), str):
-        raise DataError(f"{file}: row {number}: prompt: expected text or no such field, got {row['prompt']!r:.40}")
-    margin = row.get("margin", 0)
-    if not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise DataError(f"{file}: row {number}: margin: expected a finite number or no such field, got {margin!r:.40}")
-    return row
+# text to ids
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of each prompt, opened by what the tokenizer puts before a text (bos)."""
-    return tokenizer(list(prompts))["input_ids"]
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], opens: bool = False) -> list[list[int]]:
+    """Ids of texts in which no special token is read; `opens` puts what the tokenizer puts before a text (bos)."""
+    return tokenizer(list(texts), add_special_tokens=opens, split_special_tokens=True)["input_ids"] if texts else []
 
 
-def completion_ids(tokenizer: PreTrainedTokenizerBase, completions: Sequence[str]) -> list[list[int]]:
-    """Ids of each completion, closed by EOS."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> list[list[int]]:
+    """Ids of each prompt: text opened by bos, or a conversation up to where its answer begins."""
+    plain = iter(plain_ids(tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)], opens=True))
+    return [next(plain) if isinstance(prompt, str) else joined(turn_ids(tokenizer, prompt)) for prompt in prompts]
+
+
+def completion_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], completions: Sequence[Text]
+) -> list[list[int]]:
+    """Ids of each completion, closed by EOS; the prompts say how a chat template opens and closes it."""
+    plain = iter(plain_ids(tokenizer, [completion for completion in completions if isinstance(completion, str)]))
     return [
-        [*ids, tokenizer.eos_token_id] for ids in tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        [*next(plain), tokenizer.eos_token_id]
+        if isinstance(completion, str)
+        else turn_ids(tokenizer, [*prompt, *completion])[-1][0]
+        for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], completions: Sequence[Text]
+) -> list[list[int]]:
     """Ids of each prompt + completion + EOS: what SFT trains on and what the reward model scores."""
-    parts = prompt_ids(tokenizer, prompts), completion_ids(tokenizer, completions)
+    parts = prompt_ids(tokenizer, prompts), completion_ids(tokenizer, prompts, completions)
     return [prompt + completion for prompt, completion in zip(*parts, strict=True)]
+
+
+def turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
+    """Ids of a conversation in pieces, each with whether it is an answer; an answer ends with EOS.
+
+    Where the user spoke last, the last piece opens the answer. Raises DataError for a chat template that renders a
+    turn otherwise once more turns follow, or that does not close an answer with EOS.
+    """
+    pieces: list[tuple[list[int], bool]] = []
+    rendered, carried = "", list[int]()
+    for end in range(len(messages) + 1):
+        answers = end < len(messages) and messages[end]["role"] == "assistant"
+        if not answers and (end < len(messages) or messages[-1]["role"] == "assistant"):
+            continue
+        for upto, is_answer in ((end, False), (end + 1, True))[: 1 + answers]:
+            text = render(tokenizer, messages[:upto], opens_answer=not is_answer)
+            if not text.startswith(rendered):
+                raise DataError(
+                    "the tokenizer's chat template renders a conversation otherwise when it goes on, so its turns "
+                    "cannot be told apart; set chat_template in the tokenizer to one that does not"
+                )
+            ids = carried + quoted_ids(tokenizer, text[len(rendered) :])
+            rendered, carried = text, []
+            if is_answer:
+                if tokenizer.eos_token_id not in ids:
+                    raise DataError(
+                        f"the tokenizer's chat template closes no answer with EOS ('{tokenizer.eos_token}'), so the "
+                        "policy could not learn to stop; set eos_token, or chat_template, in the tokenizer"
+                    )
+                stop = ids.index(tokenizer.eos_token_id) + 1
+                ids, carried = ids[:stop], ids[stop:]
+            pieces.append((ids, is_answer))
+    return pieces
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], opens_answer: bool) -> str:
+    """The conversation through the chat template, names of special tokens in the messages quoted."""
+    names = ["\ue000", *special_tokens(tokenizer)]
+    special = re.compile("|".join(map(re.escape, names)))
+    quoted = [
+        message | {"content": special.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", message["content"])}
+        for message in messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(quoted, tokenize=False, add_generation_prompt=opens_answer)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(f"the tokenizer's chat template refuses a conversation of {roles}: {error}") from None
+    assert isinstance(text, str)
+    return text
+
+
+def quoted_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    """Ids of rendered text: special tokens of the template are read, those quoted from the messages are not."""
+    names = ["\ue000", *special_tokens(tokenizer)]
+    pieces = QUOTED.split(rendered)
+    ids = list[int]()
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            ids += plain_ids(tokenizer, [names[int(piece)]])[0]
+        elif piece:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Names of the tokenizer's special tokens, longest first."""
+    return sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len)[::-1]
+
+
+def joined(pieces: Iterable[tuple[list[int], bool]]) -> list[int]:
+    return list(chain.from_iterable(ids for ids, _ in pieces))
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]]) -> None:
+    """Gives the tokenizer a chat template if the rows hold conversations and it has none."""
+    if tokenizer.chat_template is None and any(isinstance(row.get("prompt"), list) for row in rows):
+        tokenizer.chat_template = TRANSCRIPT
+        say('the tokenizer has no chat template: conversations are written as "Human: … Assistant: …", saved with it')
+
+
+# rows to datasets
 
 
 def language_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Dataset:
@@ -88,34 +166,88 @@ def language_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> D
     return Dataset.from_list([{"input_ids": ids} for ids in text_ids(tokenizer, [""] * len(texts), texts)])
 
 
-def completion_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], max_tokens: int) -> tuple[Dataset, int]:
-    """`input_ids` and `labels` (IGNORED on the prompt) of prompt + completion + EOS; how many rows were too long."""
+def language_stream(
+    tokenizer: PreTrainedTokenizerBase, texts: Callable[[], Iterator[str]], seed: int
+) -> IterableDataset:
+    """The same, read while it is used; rows trade places within ten thousand."""
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        return ({"input_ids": text_ids(tokenizer, [""], [text])[0]} for text in texts())
+
+    return IterableDataset.from_generator(rows).shuffle(seed, buffer_size=10_000)
+
+
+def completion_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], max_tokens: int, too_long: str
+) -> tuple[Dataset, int]:
+    """`input_ids` and `labels` (IGNORED where nothing is learned) of prompt + completion; how many rows were too long.
+
+    Learned are the completion and its EOS; of `every_turn` rows each answer. `too_long` drop leaves a longer row out,
+    cut keeps its first tokens, error refuses it.
+    """
     prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows])
-    completions = completion_ids(tokenizer, [row["completion"] for row in rows])
-    kept = [
-        {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
-        for prompt, completion in zip(prompts, completions, strict=True)
-        if len(prompt) + len(completion) <= max_tokens
-    ]
-    return _not_empty(kept, max_tokens), len(prompts) - len(kept)
+    completions = completion_ids(tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows])
+    encoded = []
+    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        labels = [IGNORED] * len(prompt)
+        if row.get("every_turn"):
+            pieces = turn_ids(tokenizer, row["prompt"])
+            labels = joined((ids if answer else [IGNORED] * len(ids), answer) for ids, answer in pieces)
+        encoded.append({"input_ids": prompt + completion, "labels": labels + completion})
+    return fitting(encoded, ("input_ids", "labels"), max_tokens, too_long, lambda row: set(row["labels"]) != {IGNORED})
 
 
-def preference_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], max_tokens: int) -> tuple[Dataset, int]:
+def preference_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], max_tokens: int, too_long: str
+) -> tuple[Dataset, int]:
     """`chosen_ids`, `rejected_ids` and `margin` of pairs of whole texts, and how many pairs were too long."""
-    prompts = [row.get("prompt", "") for row in rows]
+    prompts = [row["prompt"] for row in rows]
     chosen, rejected = (text_ids(tokenizer, prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
-    kept = [
-        {"chosen_ids": better, "rejected_ids": worse, "margin": float(row.get("margin", 0.0))}
+    encoded = [
+        {"chosen_ids": better, "rejected_ids": worse, "margin": row["margin"]}
         for row, better, worse in zip(rows, chosen, rejected, strict=True)
-        if max(len(better), len(worse)) <= max_tokens
     ]
-    return _not_empty(kept, max_tokens), len(prompts) - len(kept)
+    sides = ("chosen_ids", "rejected_ids")
+    return fitting(encoded, sides, max_tokens, too_long, lambda row: row["chosen_ids"] != row["rejected_ids"])
 
 
-def _not_empty(rows: list[dict], max_tokens: int) -> Dataset:
-    if not rows:
+def fitting(
+    rows: list[dict], fields: Sequence[str], max_tokens: int, too_long: str, is_useful: Callable[[dict], bool]
+) -> tuple[Dataset, int]:
+    """The rows with at most max_tokens in each field, and how many were longer; `is_useful` judges a cut one."""
+    kept, longer = [], 0
+    for number, row in enumerate(rows, 1):
+        length = max(len(row[field]) for field in fields)
+        if length > max_tokens:
+            longer += 1
+            if too_long == "error":
+                raise DataError(
+                    f"usable row {number} has {length} tokens, max_tokens is {max_tokens}: raise max_tokens, "
+                    "shorten the text, or say --too_long drop or cut"
+                )
+            cut = row | {field: row[field][:max_tokens] for field in fields}
+            if too_long == "drop" or not is_useful(cut):
+                continue
+            row = cut
+        kept.append(row)
+    if not kept:
         raise DataError(f"every row is longer than max_tokens = {max_tokens}; raise max_tokens or shorten the texts")
-    return Dataset.from_list(rows)
+    return Dataset.from_list(kept), longer
+
+
+def show_example(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int], what: str = "loss on"
+) -> None:
+    """Prints one decoded row; what carries loss, its labels not IGNORED, stands in [[ ]] and in colour."""
+    line = Styled(f"first row, {what} [[ ]]: ")
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
+            text = str(tokenizer.decode(list(ids[start:end]), clean_up_tokenization_spaces=False))
+            line.append(text, "dim") if labels[start] == IGNORED else line.append(f"[[{text}]]", "bold green")
+            start = end
+    if is_main():
+        console.print(line)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -141,6 +273,6 @@ def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], max_tokens: int) -> tuple[Tensor, Tensor]:
     """Left-padded prompts (B, P) and their mask; a longer prompt keeps its end (the part that asks)."""
     return pad([ids[-max_tokens:] for ids in prompt_ids(tokenizer, prompts)], tokenizer.pad_token_id, "left")

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Evaluate, Sampling, UserError
-from pipeline.data import decode, read_rows
+from pipeline.data import decode
+from pipeline.formats import Text, read_rows, shown
 from pipeline.judges import (
     Classifier,
     Vader,
@@ -26,10 +27,17 @@ from pipeline.judges import (
     text_statistics,
     win_rate_ci,
 )
-from pipeline.models import frozen, load_language_model, load_reward_model, load_tokenizer, response_logprobs
+from pipeline.models import (
+    check_model,
+    frozen,
+    load_language_model,
+    load_reward_model,
+    response_logprobs,
+    same_tokenizer,
+)
 from pipeline.process import new_accelerator, quiet
 from pipeline.report import show, write
-from pipeline.rollout import Rollout, generate
+from pipeline.rollout import Rollout, generate, read_prompts
 from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 
@@ -42,12 +50,12 @@ class Responses:
 
     texts: list[str]
     score: np.ndarray  # reward model, units of its scale, mean 0 on SFT samples
-    vader: np.ndarray  # compound, -1..1
-    classifier: np.ndarray  # P(positive)
     kl: np.ndarray  # nats per response against SFT, k1 estimate
     length: np.ndarray  # tokens, EOS included
     has_eos: np.ndarray  # bool
     base_nll: np.ndarray  # nats per response under the pretrained model, EOS aside
+    vader: np.ndarray | None = None  # compound, -1..1
+    classifier: np.ndarray | None = None  # P(positive)
 
     @property
     def perplexity(self) -> float:
@@ -61,19 +69,26 @@ def train(config: Evaluate) -> Path:
     names = {"base": ("pretrain", config.base), "sft": ("sft", config.sft), "ppo": ("merge", config.policy)}
     paths = {name: config.run.final(*place) for name, place in names.items()}
     reward = config.run.final("reward", config.reward)
-    stage = StageRun("evaluate", config, {**paths, "reward": reward}, [config.prompts_file, config.judge_file])
+    stage = StageRun(
+        "evaluate",
+        config,
+        {**paths, "reward": reward},
+        [file for file in (config.prompts_file, config.judge_file) if file],
+    )
     if stage.is_finished():
         show(json.loads((stage.final / "evaluation.json").read_text(encoding="utf-8")), stage.final, paths["ppo"])
         return stage.final
     with stage:
-        prompts = [row["prompt"] for row in read_rows(config.prompts_file, ["prompt"], config.prompts)]
-        classifier = judge(config.judge_file, config.run.seed)
-        measured = measure(prompts, paths, reward, classifier, config, stage)
-        report = compare(measured, prompts, classifier)
+        tokenizer = same_tokenizer({**paths, "reward": reward})
+        prompts = read_prompts(config.prompts_file, config.prompts, tokenizer, config)
+        classifier = judge(config.judge_file, config.run.seed) if config.judge_file else None
+        measured = measure(prompts, tokenizer, paths, reward, classifier, config, stage)
+        asked = [shown(prompt) for prompt in prompts]
+        report = compare(measured, asked, classifier)
         rows = [
             {"prompt": prompt} | {name: measured[name].texts[i] for name in measured}
             | {f"{name}_score": round(float(measured[name].score[i]), 3) for name in measured}
-            for i, prompt in enumerate(prompts)
+            for i, prompt in enumerate(asked)
         ]  # fmt: skip
         stage.sample(rows)
         final = stage.finish(partial(write, report, rows[: config.show]), headline(report))
@@ -83,27 +98,29 @@ def train(config: Evaluate) -> Path:
 
 def judge(file: str, seed: int) -> Classifier:
     """The second judge, fitted to human labels that no training stage has seen."""
-    rows = read_rows(file, ["text", "label"])
+    rows = read_rows(file, "text")
     groups = [row["key"] for row in rows] if all("key" in row for row in rows) else None
-    unknown = sorted({row["label"] for row in rows} - LABELS.keys())
-    if unknown:
-        raise UserError(f"{file}: label: expected {' or '.join(LABELS)}, got '{unknown[0]}'")
+    for row in rows:
+        if row.get("label") not in LABELS:
+            raise UserError(f"{file}: label: expected {' or '.join(LABELS)}, got {row.get('label')!r:.40}")
     return fit_classifier([row["text"] for row in rows], [LABELS[row["label"]] for row in rows], seed, groups)
 
 
 def measure(
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
     paths: dict[str, Path],
     reward: Path,
-    classifier: Classifier,
+    classifier: Classifier | None,
     config: Evaluate,
     stage: StageRun,
 ) -> dict[str, Responses]:
     """One response per prompt from each policy, from the same noise, with every measurement."""
     accelerator = new_accelerator(config.run.precision)
-    tokenizer = load_tokenizer(paths["sft"])
     models = {name: frozen(load_language_model(path)).to(accelerator.device) for name, path in paths.items()}
     reward_model = frozen(load_reward_model(reward)).to(accelerator.device)
+    for name, model in models.items():
+        check_model(model, tokenizer, config.sampling.max_prompt_tokens + config.sampling.max_new_tokens, paths[name])
     vader = Vader()
     measured = {}
     for number, (name, model) in enumerate(models.items(), 1):
@@ -119,7 +136,9 @@ def measure(
             for key, value in numbers.items():
                 parts.setdefault(key, []).append(value)
         arrays = {key: torch.cat(values).float().cpu().numpy() for key, values in parts.items()}
-        measured[name] = Responses(texts=texts, vader=vader(texts), classifier=classifier(texts), **arrays)
+        if classifier is not None:
+            arrays |= {"vader": vader(texts), "classifier": classifier(texts)}
+        measured[name] = Responses(texts=texts, **arrays)
         stage.progress(len(models), number, policy=name, score=f"{arrays['score'].mean():+.2f}")
     return measured
 
@@ -151,7 +170,7 @@ def token_measurements(
     }
 
 
-def compare(measured: dict[str, Responses], prompts: Sequence[str], classifier: Classifier) -> dict[str, Any]:
+def compare(measured: dict[str, Responses], prompts: Sequence[str], classifier: Classifier | None) -> dict[str, Any]:
     """All figures of the page: each policy's, and PPO against SFT on the same prompts."""
     sft, ppo = measured["sft"], measured["ppo"]
     policies = {name: policy_report(responses, prompts) for name, responses in measured.items()}
@@ -164,10 +183,11 @@ def compare(measured: dict[str, Responses], prompts: Sequence[str], classifier: 
             ),
         }
         for name in ("score", "vader", "classifier")
+        if getattr(sft, name) is not None
     }
     return {
         "prompts": len(prompts),
-        "judge_accuracy": asdict(classifier.holdout_accuracy),
+        "judge_accuracy": asdict(classifier.holdout_accuracy) if classifier is not None else None,
         "policies": policies,
         "ppo_against_sft": differences,
         "health": health(policies["sft"], policies["ppo"]),
@@ -177,7 +197,7 @@ def compare(measured: dict[str, Responses], prompts: Sequence[str], classifier: 
 def policy_report(responses: Responses, prompts: Sequence[str]) -> dict[str, Any]:
     names = ("score", "vader", "classifier", "kl", "length")
     return {
-        **{name: asdict(mean_ci(getattr(responses, name))) for name in names},
+        **{name: asdict(mean_ci(getattr(responses, name))) for name in names if getattr(responses, name) is not None},
         "eos_share": asdict(share_ci(responses.has_eos.astype(float))),
         "perplexity_under_base": responses.perplexity,
         "score_length_correlation": float(np.corrcoef(responses.score, responses.length)[0, 1]),
@@ -213,11 +233,7 @@ def over(value: float, reference: float) -> float:
 def headline(report: dict[str, Any]) -> dict[str, float]:
     """The figures that go into run.json and wandb."""
     policies, differences = report["policies"], report["ppo_against_sft"]
-    metrics = {
-        f"{policy}_{name}": policies[policy][name]["value"]
-        for policy in policies
-        for name in ("score", "vader", "classifier")
-    }
+    metrics = {f"{policy}_{name}": policies[policy][name]["value"] for policy in policies for name in differences}
     metrics |= {f"{name}_difference": differences[name]["difference"]["value"] for name in differences}
     return metrics | {
         "kl": policies["ppo"]["kl"]["value"],

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Merge, UserError
-from pipeline.data import prompt_batch, read_rows
+from pipeline.data import prompt_batch
+from pipeline.formats import Text, read_rows
 from pipeline.models import load_tokenizer, merge_adapter, save_policy, without_dropout
 from pipeline.process import quiet, say
 from pipeline.run import StageRun
@@ -30,7 +31,7 @@ def train(config: Merge) -> Path:
         model = without_dropout(
             AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         )
-        prompts = [row["prompt"] for row in read_rows(config.probe_file, ["prompt"], PROBES)]
+        prompts = [row["prompt"] for row in read_rows(config.probe_file, "prompt", PROBES, config.run.bad_rows)]
         before = probe(model.eval(), tokenizer, prompts)
         after = probe(merge_adapter(model), tokenizer, prompts)
         error = ((after - before).abs().max() / before.abs().max()).item()
@@ -43,7 +44,7 @@ def train(config: Merge) -> Path:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Tensor:
+def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Text]) -> Tensor:
     """Logits of the prompts' real tokens, (tokens, V)."""
     ids, mask = prompt_batch(tokenizer, prompts, 10**9)
     return model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)).logits[mask]

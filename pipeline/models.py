@@ -8,13 +8,14 @@ training the critic predicts just what the reward model would pay.
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, WordLevel
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline import fingerprints
 from pipeline.config import Adapter, Pretrain, UserError
+from pipeline.process import say
 from pipeline.tensors import logits_without, logprobs_and_entropy, position_ids
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -85,13 +88,78 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id; ModelError if it has no EOS, or no padding token of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    """The tokenizer of a model directory or hub id, with a padding token that is not EOS.
+
+    Where there is none, an existing special token that text never holds is taken: embeddings are never resized, and
+    masks are made from lengths, so its name does not matter. ModelError without EOS, or without such a token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: no tokenizer can be loaded from it: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{path}: its tokenizer has no EOS token, so a response could never end; set eos_token in it")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ModelError(f"{path}: its tokenizer needs a pad token other than EOS; set pad_token to an unused token")
+        spare = spare_tokens(tokenizer)
+        if not spare:
+            raise ModelError(f"{path}: its tokenizer has no special token to spare for padding; set pad_token in it")
+        tokenizer.pad_token = spare[0]
+        say(f"{path}: its tokenizer has no padding token of its own: '{spare[0]}' is taken")
     return tokenizer
+
+
+def spare_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens that neither text nor chat template uses: named for padding first, then reserved, then unknown."""
+    used = {tokenizer.eos_token, tokenizer.bos_token}
+    if tokenizer.unk_token_id in tokenizer("\u0378 \U0001f9ff")["input_ids"]:
+        used.add(tokenizer.unk_token)
+    template = str(tokenizer.chat_template or "")
+    names = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and token.content not in used and token.content not in template
+    ]
+    likely = ("pad", "reserved", "unused", "unk")
+    return sorted(names, key=lambda name: min((i for i, part in enumerate(likely) if part in name.lower()), default=9))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells its token ids from another's: every entry of the vocabulary, and the special ids."""
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return fingerprints.of_value([sorted(tokenizer.get_vocab().items()), special])[:12]
+
+
+def same_tokenizer(paths: Mapping[str, str | Path]) -> PreTrainedTokenizerBase:
+    """The tokenizer that all the models share: the first one's. ModelError if another gives other ids to a text."""
+    tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
+    prints = {name: tokenizer_fingerprint(tokenizer) for name, tokenizer in tokenizers.items()}
+    if len(set(prints.values())) > 1:
+        told = ", ".join(f"{name} {prints[name]} ({paths[name]})" for name in prints)
+        raise ModelError(f"tokenizers differ: {told}; make every stage from one base model")
+    return next(iter(tokenizers.values()))
+
+
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, path: str | Path) -> None:
+    """ModelError if an id has no embedding, or `longest` tokens do not fit into the model's context."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    rows = embeddings.num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            f"{path}: its tokenizer ({tokenizer_fingerprint(tokenizer)}) has ids up to {highest}, the model has {rows} "
+            "embeddings; give the model its own tokenizer"
+        )
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ModelError(
+            f"{path}: its context is {context} tokens, rows may have {longest}; lower max_tokens, or "
+            "max_prompt_tokens + max_new_tokens"
+        )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
 
 
 # models
@@ -114,15 +182,22 @@ def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> 
     return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, attn_implementation=ATTENTION)
 
 
+def loaded(kind: Any, path: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A transformers model in fp32 and what its loading left open; ModelError for a directory that holds none."""
+    try:
+        return kind.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, attn_implementation=ATTENTION
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{path}: no model can be loaded from it: {first_line(error)}") from None
+
+
 def load_language_model(path: str | Path) -> PreTrainedModel:
     """A causal language model in fp32, without dropout; an adapter saved in the same directory is merged into it.
 
     Raises ModelError for a checkpoint that lacks weights: transformers would draw them at random.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, attn_implementation=ATTENTION
-    )
-    model, info = loaded
+    model, info = loaded(AutoModelForCausalLM, path)
     if info["missing_keys"]:
         raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
     return without_dropout(merge_adapter(model))
@@ -218,9 +293,7 @@ def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 def load_reward_model(path: str | Path) -> PreTrainedModel:
     """A reward model or critic with its head; ModelError if the head or the shift was not saved with it."""
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, attn_implementation=ATTENTION
-    )
+    model, info = loaded(AutoModelForSequenceClassification, path)
     if info["missing_keys"] or info["unexpected_keys"]:
         keys = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise ModelError(f"{path}: not a whole reward model: missing or unused weights {', '.join(keys[:5])}")

@@ -27,24 +27,26 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.advantages import explained_variance, kl_k3
 from pipeline.config import PPO, UserError
-from pipeline.data import decode, read_rows
+from pipeline.data import decode
+from pipeline.formats import Text, shown
 from pipeline.losses import policy_loss, value_loss
 from pipeline.models import (
     ActorCritic,
     Critic,
     Policy,
     base_of,
+    check_model,
     frozen,
     load_language_model,
     load_reward_model,
-    load_tokenizer,
     reference_role,
     response_logprobs,
+    same_tokenizer,
     save_policy,
     with_adapter,
 )
 from pipeline.process import new_accelerator, processes, quiet, say
-from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, to_experience
+from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import masked_mean, masked_sum
@@ -61,8 +63,9 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
     with stage:
         accelerator = new_accelerator(config.run.precision)
         set_seed(config.run.seed)  # the same weights on every process
-        tokenizer = load_tokenizer(sft)
+        tokenizer = same_tokenizer({"sft": sft, "reward": reward})
         policy: Policy = load_language_model(sft)
+        check_model(base_of(policy), tokenizer, config.sampling.max_prompt_tokens + config.sampling.max_new_tokens, sft)
         if config.adapter.adapter != "none":
             policy = with_adapter(base_of(policy), config.adapter)
         reward_model = frozen(load_reward_model(reward)).to(accelerator.device)
@@ -72,8 +75,8 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
         prepared, optimizer = accelerator.prepare(actor_critic.eval(), optimizer)
         set_seed(config.run.seed, device_specific=True)  # other samples on every process
 
-        prompts = [row["prompt"] for row in read_rows(config.train_file, ["prompt"])]
-        held_out = [row["prompt"] for row in read_rows(config.validation_file, ["prompt"], config.eval_prompts)]
+        prompts = read_prompts(config.train_file, 0, tokenizer, config)
+        held_out = read_prompts(config.validation_file, config.eval_prompts, tokenizer, config)
         batches = prompt_batches(len(prompts), config.rollout_batch, config.run.seed)
         score = score or partial(reward_model_scores, reward_model)
         experience_of = partial(
@@ -262,7 +265,7 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
 
 
 def evaluate_policy(
-    prompts: list[str],
+    prompts: list[Text],
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     experience_of: Callable[[Rollout], Experience],
@@ -278,7 +281,7 @@ def evaluate_policy(
     metrics = rollout_metrics(experience, accelerator, config)
     texts = [decode(tokenizer, ids) for ids in experience.input_ids[:, -experience.size :].tolist()]
     rows = zip(share, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)
-    samples = [{"prompt": p, "response": r, "score": round(s, 3), "kl": round(k, 2)} for p, r, s, k in rows]
+    samples = [{"prompt": shown(p), "response": r, "score": round(s, 3), "kl": round(k, 2)} for p, r, s, k in rows]
     names = ("score", "kl", "reward", "length", "eos_share")
     return {f"eval_{name}": metrics[name] for name in names}, samples
 
@@ -288,7 +291,7 @@ def evaluation(stage: StageRun, step: int, metrics: dict[str, float], samples: l
     if not all(math.isfinite(value) for value in metrics.values()):
         raise FloatingPointError(f"ppo: evaluation at rollout {step} is not finite: {metrics}")
     stage.log(step, metrics)
-    stage.sample({"step": step, **row} for row in samples[:8])
+    stage.sample([{"step": step, **row} for row in samples[:8]], step)
     return dict(metrics)
 
 

@@ -1,16 +1,19 @@
 """Stage 1: a small causal language model from scratch, with its tokenizer, on plain text."""
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from pipeline.config import Pretrain, Sampling
-from pipeline.data import decode, language_rows, read_rows
+from pipeline.data import decode, language_rows, language_stream
+from pipeline.formats import read_rows, usable
 from pipeline.models import load_language_model, load_tokenizer, new_language_model, save_policy, train_tokenizer
 from pipeline.process import quiet, say
 from pipeline.rollout import generate
@@ -26,6 +29,7 @@ from pipeline.trainers import (
 ENOUGH_TOKENS_PER_PARAMETER = (
     5  # below it a model is mostly its initialisation; 20 is Hoffmann et al., arXiv 2203.15556
 )
+TOKENIZER_ROWS = 100_000  # texts that a tokenizer is trained on at most
 TEMPERATURES = (0.5, 0.8, 1.0)
 
 
@@ -37,24 +41,33 @@ def train(config: Pretrain) -> Path:
         return stage.final
     with stage:
         set_seed(config.run.seed)
-        texts = [row["text"] for row in read_rows(config.train_file, ["text"], config.train_rows)]
-        held_out = [row["text"] for row in read_rows(config.validation_file, ["text"], config.validation_rows)]
-        tokenizer = make_tokenizer(config, texts)
+        texts = partial(training_texts, config)
+        held_out = [
+            row["text"]
+            for row in read_rows(config.validation_file, "text", config.validation_rows, config.run.bad_rows)
+        ]
+        tokenizer = make_tokenizer(config, texts())
+        rows = (
+            language_stream(tokenizer, texts, config.run.seed)
+            if config.stream
+            else language_rows(tokenizer, list(texts()))
+        )
         model = load_language_model(config.init) if config.init else new_language_model(config, tokenizer)
         trainer = NextTokenTrainer(
             label_smoothing=0.0,
             model=model,
             args=SFTConfig(
                 **training_arguments(config.run, config.optim, stage.folder),
+                max_steps=config.steps or -1,
                 packing=True,
                 packing_strategy=config.packing,
                 max_length=config.context,
             ),
-            train_dataset=language_rows(tokenizer, texts),
+            train_dataset=rows,
             processing_class=tokenizer,
         )
         report_to(trainer, stage)
-        metrics = token_budget(model, trainer.train_dataset, config.optim.epochs)
+        metrics = token_budget(model, trainer.train_dataset, config)
         trainer.train()
         metrics |= validation_metrics(model, tokenizer, held_out, config)
         say(
@@ -65,18 +78,29 @@ def train(config: Pretrain) -> Path:
         return stage.finish(partial(save_policy, model, tokenizer), metrics)
 
 
-def make_tokenizer(config: Pretrain, texts: list[str]) -> PreTrainedTokenizerBase:
+def training_texts(config: Pretrain) -> Iterator[str]:
+    """The training rows' texts, read one by one."""
+    run = config.run
+    return (row["text"] for row in usable(config.train_file, "text", config.train_rows, run.bad_rows, run.seed))
+
+
+def make_tokenizer(config: Pretrain, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """The tokenizer that the dials ask for: of `init`, trained on texts, or an existing one."""
     if config.init:
         return load_tokenizer(config.init)
     if config.tokenizer in ("bpe", "char", "word"):
-        return train_tokenizer(config.tokenizer, texts, config.vocab_size)
+        return train_tokenizer(config.tokenizer, islice(texts, TOKENIZER_ROWS), config.vocab_size)
     return load_tokenizer(config.tokenizer)
 
 
-def token_budget(model: PreTrainedModel, rows: Dataset, epochs: float) -> dict[str, float]:
+def token_budget(model: PreTrainedModel, rows: Dataset | IterableDataset, config: Pretrain) -> dict[str, float]:
     """Parameters, training tokens and their ratio; says so when the model is too large for its data."""
-    parameters, tokens = model.num_parameters(), packed_tokens(rows) * epochs
+    parameters = model.num_parameters()
+    if config.steps:
+        tokens = float(config.steps * config.optim.batch_size * config.context)
+    else:
+        assert isinstance(rows, Dataset)
+        tokens = packed_tokens(rows) * config.optim.epochs
     ratio = tokens / parameters
     say(f"pretrain: {parameters:,} parameters, {tokens:,.0f} tokens, {ratio:.1f} tokens per parameter")
     if ratio < ENOUGH_TOKENS_PER_PARAMETER:

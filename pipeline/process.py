@@ -1,6 +1,7 @@
 """The process a stage runs in: its siblings under `accelerate launch`, its console, its memory."""
 
 import ctypes
+import errno
 import logging
 import os
 import sys
@@ -71,3 +72,8 @@ def stage_main(train: Callable[[Any], object], config: Any) -> None:
         train(config)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "the disk"
+        sys.exit(f"error: {place}: no space left; what was finished is untouched: make room, run again")

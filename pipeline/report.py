@@ -32,11 +32,12 @@ def rows_of(report: dict[str, Any]) -> list[tuple[str, ...]]:
         return interval(report["ppo_against_sft"][name]["difference"])
 
     policies = [report["policies"][name] for name in ("base", "sft", "ppo")]
+    titles = {name: title for name, title in TITLES.items() if name in report["ppo_against_sft"]}
     rows = [
         (title, *(number(p[name], "+.3f" if name != "classifier" else ".3f") for p in policies), difference(name))
-        for name, title in TITLES.items()
+        for name, title in titles.items()
     ]
-    for name, title in TITLES.items():
+    for name, title in titles.items():
         rate = report["ppo_against_sft"][name]["win_rate"]
         rows.append(
             (
@@ -81,17 +82,25 @@ def write(report: dict[str, Any], samples: Sequence[dict[str, Any]], folder: Pat
     (folder / "evaluation.md").write_text(page(report, samples), encoding="utf-8")
 
 
+def judges_of(report: dict[str, Any]) -> str:
+    """A sentence on the judges."""
+    if report["judge_accuracy"] is None:
+        return "No judge but the reward, which was trained on: a higher one alone does not show better answers."
+    accuracy = Estimate(**report["judge_accuracy"])
+    return (
+        "Judge 1 is VADER's rule; judge 2 is a bag-of-words classifier fitted to human labels that no training "
+        "stage saw (its accuracy on labels held out from it in turn: "
+        f"{accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]). Both read the response alone."
+    )
+
+
 def page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
     """The evaluation as one Markdown page."""
-    accuracy = Estimate(**report["judge_accuracy"])
     lines = [
         "# Did alignment work?",
         "",
         f"One response per policy to each of {report['prompts']:,} held-out prompts, sampled at the training "
-        "temperature. Judge 1 is VADER's rule; judge 2 is a bag-of-words classifier fitted to human labels that no "
-        "training stage saw (its accuracy on labels held out from it in turn: "
-        f"{accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]). "
-        "Both read the response alone. Intervals are 95 %, paired over prompts.",
+        f"temperature. {judges_of(report)} Intervals are 95 %, paired over prompts.",
         "",
         *markdown_table(HEADER, rows_of(report)),
         "",

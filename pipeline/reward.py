@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.config import Reward
-from pipeline.data import length_batches, pad, preference_rows, read_rows
+from pipeline.data import IGNORED, length_batches, pad, preference_rows, show_example, with_chat_template
+from pipeline.formats import read_rows, whole
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
-from pipeline.models import frozen, head_weight, load_language_model, load_tokenizer, new_reward_model
+from pipeline.models import check_model, frozen, head_weight, load_language_model, new_reward_model, same_tokenizer
 from pipeline.process import new_accelerator, processes, quiet, say
-from pipeline.rollout import generate
+from pipeline.rollout import generate, read_prompts
 from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 from pipeline.trainers import in_length_batches, report_to, training_arguments
@@ -36,11 +37,16 @@ def train(config: Reward) -> Path:
         return stage.final
     with stage:
         set_seed(config.run.seed)
-        tokenizer = load_tokenizer(base)
+        tokenizer = same_tokenizer({"sft": sft, "base": base})
         model = new_reward_model(base, tokenizer)
-        pairs = read_rows(config.train_file, ["chosen", "rejected"], config.train_rows)
-        rows, dropped = preference_rows(tokenizer, pairs, config.max_tokens)
-        say(f"reward: {len(rows):,} pairs; {dropped:,} longer than {config.max_tokens} tokens were dropped")
+        pairs = read_rows(config.train_file, "pair", config.train_rows, config.run.bad_rows, config.run.seed)
+        with_chat_template(tokenizer, pairs)
+        rows, longer = preference_rows(tokenizer, pairs, config.max_tokens, config.too_long)
+        say(f"reward: {len(rows):,} pairs; {longer:,} were longer than {config.max_tokens} tokens ({config.too_long})")
+        sampled = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+        check_model(model, tokenizer, max(sampled, *pair_lengths(rows)), base)
+        first = rows[0]["chosen_ids"]
+        show_example(tokenizer, first, [IGNORED] * (len(first) - 1) + first[-1:], "chosen, scored at")
         trainer = new_trainer(model, tokenizer, rows, config, stage.folder)
         report_to(trainer, stage)
         trainer.train()
@@ -48,7 +54,7 @@ def train(config: Reward) -> Path:
         model.config.score_shift = mean_score_of_samples(model, tokenizer, sft, config)
         metrics: dict[str, Any] = {
             "pairs": len(rows),
-            "pairs_dropped": dropped,
+            "pairs_too_long": longer,
             "score_shift": model.config.score_shift,
         }
         metrics["validation"] = held_out_accuracy(model, tokenizer, config.validation_file, config, pairs=None)
@@ -129,7 +135,7 @@ def mean_score_of_samples(
 ) -> float:
     """Mean score of responses sampled from the SFT policy, whole or cut off alike: the zero point of the scale."""
     policy = frozen(load_language_model(sft)).to(processes().device)
-    prompts = [row["prompt"] for row in read_rows(config.prompts_file, ["prompt"], config.centre_prompts)]
+    prompts = read_prompts(config.prompts_file, config.centre_prompts, tokenizer, config)
     torch.manual_seed(config.run.seed)
     scores = []
     for start in range(0, len(prompts), config.optim.micro_batch):
@@ -146,12 +152,12 @@ def held_out_accuracy(
 
     With the training `pairs` also a linear baseline fitted on them and tested on the same held-out pairs.
     """
-    rows = read_rows(file, ["chosen", "rejected"], config.validation_rows)
-    tokens, _ = preference_rows(tokenizer, rows, 10**9)
+    rows = read_rows(file, "pair", config.validation_rows, config.run.bad_rows)
+    tokens, _ = preference_rows(tokenizer, rows, 10**9, "error")
     chosen, rejected = (score_rows(model, tokenizer, tokens[side], config) for side in ("chosen_ids", "rejected_ids"))
     correct = pair_accuracy(chosen - rejected)
     margins = np.array(tokens["margin"])
-    texts = [[row.get("prompt", "") + row[side] for row in rows] for side in ("chosen", "rejected")]
+    texts = [[whole(row["prompt"], row[side]) for row in rows] for side in ("chosen", "rejected")]
     lengths = np.array([len(ids) for side in ("chosen_ids", "rejected_ids") for ids in tokens[side]])
     report: dict[str, Any] = {
         "accuracy": asdict(share_ci(correct)),
@@ -165,9 +171,7 @@ def held_out_accuracy(
         "score_length_correlation": float(np.corrcoef(np.concatenate([chosen, rejected]), lengths)[0, 1]),
     }
     if pairs is not None:
-        train = [[row.get("prompt", "") + row[side] for row in pairs] for side in ("chosen", "rejected")]
-        baseline = linear_pair_baseline(
-            train[0], train[1], [row.get("margin", 0.0) for row in pairs], texts[0], texts[1]
-        )
+        train = [[whole(row["prompt"], row[side]) for row in pairs] for side in ("chosen", "rejected")]
+        baseline = linear_pair_baseline(train[0], train[1], [row["margin"] for row in pairs], texts[0], texts[1])
         report["linear_baseline"] = asdict(share_ci(baseline))
     return report

@@ -12,11 +12,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from pipeline.advantages import clip_scores, gae, kl_k1, replace_missing_eos, token_rewards
-from pipeline.config import PPO, Sampling
-from pipeline.data import length_batches, prompt_batch
+from pipeline.config import PPO, Evaluate, Reward, Sampling
+from pipeline.data import length_batches, prompt_batch, prompt_ids, with_chat_template
+from pipeline.formats import Text, read_rows
 from pipeline.models import Policy, base_of, sampling_config
+from pipeline.process import say
+from pipeline.sources import DataError
 from pipeline.tensors import Reduce, response_length, response_mask, whiten
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
@@ -85,10 +89,17 @@ class Experience:
 
 
 @torch.no_grad()
-def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sampling: Sampling) -> Rollout:
+def generate(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+) -> Rollout:
     """Samples one response per prompt from exactly the distribution that is scored: temperature, and no other warping.
 
-    Draws from torch's global generator. Responses are padded to max_new_tokens.
+    Draws from torch's global generator. Responses are padded to max_new_tokens. A streamer sees one prompt's tokens as
+    they come.
     """
     ids, prompt_mask = prompt_batch(tokenizer, prompts, sampling.max_prompt_tokens)
     ids, prompt_mask = ids.to(policy.device), prompt_mask.to(policy.device)
@@ -99,7 +110,7 @@ def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequen
     was_training = model.training
     model.eval()
     output = model.generate(  # type: ignore[operator]  # declared by a mixin that mypy does not see
-        input_ids=ids, attention_mask=prompt_mask.long(), use_cache=True
+        input_ids=ids, attention_mask=prompt_mask.long(), use_cache=True, streamer=streamer
     )
     model.train(was_training)
     responses = output[:, ids.shape[1] :]
@@ -110,6 +121,24 @@ def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequen
     mask = response_mask(length, sampling.max_new_tokens)
     responses = responses.masked_fill(~mask, tokenizer.pad_token_id)
     return Rollout(torch.cat([ids, responses], 1), torch.cat([prompt_mask, mask], 1), mask, length, has_eos)
+
+
+def read_prompts(
+    source: str, limit: int, tokenizer: PreTrainedTokenizerBase, config: PPO | Reward | Evaluate
+) -> list[Text]:
+    """The sources' prompts; those longer than max_prompt_tokens treated as `long_prompts` says, and counted."""
+    rows = read_rows(source, "prompt", limit, config.run.bad_rows, config.run.seed)
+    with_chat_template(tokenizer, rows)
+    prompts = [row["prompt"] for row in rows]
+    most, policy = config.sampling.max_prompt_tokens, config.sampling.long_prompts
+    longer = [len(ids) > most for ids in prompt_ids(tokenizer, prompts)]
+    if not any(longer):
+        return prompts
+    told = f"{source}: {sum(longer):,} of {len(prompts):,} prompts are longer than {most} tokens"
+    if policy == "error" or (policy == "drop" and all(longer)):
+        raise DataError(f"{told}: raise max_prompt_tokens, or say --long_prompts cut")
+    say(f"{told} ({policy})")
+    return [prompt for prompt, is_longer in zip(prompts, longer, strict=True) if policy == "cut" or not is_longer]
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ A stage is finished when `final/DONE.json` is there, and nothing reads an unfini
 config, the data, the parents and every file: a stage made from other inputs is recognised and never silently reused.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,29 +19,24 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import HfApi
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipeline import fingerprints, sources
 from pipeline.config import UserError, flat, identity
 from pipeline.process import console, is_main, processes, say
+from pipeline.tracking import Tracking
+
+LEAST_DISK = 50 * 2**20  # bytes; logs and samples want some as well
 
 
 class StageError(UserError):
     """A stage that cannot start or finish; the message says why and how to mend it."""
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_done(final: Path) -> dict[str, Any]:
@@ -62,7 +56,11 @@ def verify(final: Path) -> dict[str, Any]:
     done = read_done(final)
     for name, expected in done["files"].items():
         file = final / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
+        if (
+            not file.is_file()
+            or file.stat().st_size != expected["bytes"]
+            or fingerprints.of_file(file) != expected["sha256"]
+        ):
             raise StageError(f"{file}: missing or not as it was written (sha256 differs): run {done['stage']} again")
     return done
 
@@ -75,14 +73,11 @@ class StageRun:
         self.folder = config.run.folder(stage)
         self.final = self.folder / "final"
         self.dials = flat(config)
-        for file in data:
-            if not Path(file).is_file():
-                raise StageError(f"{file}: no such file; `make data` makes the default recipe's")
         self.parents = {name: _parent(path, self.final) for name, path in parents.items()}
-        self.data = {file: sha256(Path(file)) for file in data}
-        self.roles = [self.data[file] for file in data]
+        self.data = {source: sources.fingerprint(source) for source in data}
+        self.roles = [self.data[source] for source in data]
         self.started = time.monotonic()
-        self._wandb: Any = None
+        self._tracking: Tracking | None = None
         self._progress: Progress | None = None
 
     @property
@@ -114,22 +109,32 @@ class StageRun:
 
     def __enter__(self) -> "StageRun":
         if is_main():
+            self._check_disk()
             self._put_aside_unfinished()
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(self.dials, sort_keys=False), encoding="utf-8")
             self._write_run_json({})
-            if self.dials["report_to"] == "wandb":
-                self._wandb = _start_wandb(self)
+            run = self.config.run
+            self._tracking = Tracking(run.report_to, self.stage, run.recipe, run.seed, self.folder, self.dials)
         processes().wait_for_everyone()
         say(f"{self.stage}: {self.folder}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close_progress()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(kind is not None))
-            if self._wandb.settings._offline:
-                say(f"wandb: offline; upload with `wandb sync {Path(self._wandb.dir).parent}`")
+        if self._tracking is not None:
+            self._tracking.close(failed=kind is not None)
+
+    def _check_disk(self) -> None:
+        """StageError when the disk has no room for two models like the parents': found now, not at the end."""
+        needed = max([LEAST_DISK, *(2 * parent["bytes"] for parent in self.parents.values())])
+        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
+        free = shutil.disk_usage(there).free
+        if free < needed:
+            raise StageError(
+                f"{self.folder}: the disk has {free / 2**20:,.0f} MiB free, {self.stage} needs about "
+                f"{needed / 2**20:,.0f}: make room, or give --runs a folder on another disk"
+            )
 
     def _put_aside_unfinished(self) -> None:
         """Logs of an earlier attempt that did not finish are kept under attempts/."""
@@ -156,17 +161,19 @@ class StageRun:
         (self.folder / "run.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line to metrics.jsonl and to wandb, under the same names."""
+        """Appends one line to metrics.jsonl and to the tracker, under the same names."""
         if is_main():
             self._append("metrics.jsonl", {"step": step, **metrics})
-            if self._wandb is not None:
-                self._wandb.log({f"{self.stage}/{name}": value for name, value in metrics.items()}, step=step)
+            if self._tracking is not None:
+                self._tracking.log(metrics, step)
 
-    def sample(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends texts to samples.jsonl."""
+    def sample(self, rows: Sequence[Mapping[str, Any]], step: int | None = None) -> None:
+        """Appends texts to samples.jsonl, and shows the first twenty of them in the tracker."""
         if is_main():
             for row in rows:
                 self._append("samples.jsonl", row)
+            if self._tracking is not None:
+                self._tracking.table(rows[:20], step)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
@@ -213,22 +220,24 @@ class StageRun:
             done = {
                 "stage": self.stage,
                 "identity": self.identity,
-                "config": digest(self.identity["dials"]),
-                "tokenizer": sha256(files["tokenizer.json"]) if "tokenizer.json" in files else None,
+                "config": fingerprints.of_value(self.identity["dials"]),
+                "tokenizer": fingerprints.of_file(files["tokenizer.json"]) if "tokenizer.json" in files else None,
                 "base": {name: parent["fingerprint"] for name, parent in self.parents.items()},
                 "parents": self.parents,
-                "files": {name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for name, f in files.items()},
+                "files": {
+                    name: {"bytes": f.stat().st_size, "sha256": fingerprints.of_file(f)} for name, f in files.items()
+                },
                 "metrics": metrics,
             }
-            done["fingerprint"] = digest([done["identity"], done["files"]])
+            done["fingerprint"] = fingerprints.of_value([done["identity"], done["files"]])
             for file in files.values():
                 _sync(file)
             (temporary / "DONE.json").write_text(json.dumps(done, indent=1, default=str) + "\n", encoding="utf-8")
             _sync(temporary / "DONE.json")
             temporary.rename(self.final)
             _sync(self.folder)
-            if self._wandb is not None:
-                self._wandb.summary.update({f"{self.stage}/{name}": value for name, value in metrics.items()})
+            if self._tracking is not None:
+                self._tracking.finished(metrics, self.final, str(done["fingerprint"]), self.parents)
         state.wait_for_everyone()
         say(f"{self.stage}: done in {time.monotonic() - self.started:.0f} s -> {self.final}")
         return self.final
@@ -240,9 +249,30 @@ class _Numbers(ProgressColumn):
 
 
 def _parent(path: Path, own: Path) -> dict[str, Any]:
-    """Where a parent lies (relative to this stage's final/, so that runs/ may move) and what it is."""
-    fingerprint = read_done(path)["fingerprint"]
-    return {"path": os.path.relpath(path.resolve(), own.resolve()), "fingerprint": fingerprint}
+    """A parent's fingerprint, and where it lies: relative to this stage's final/, so that runs/ may move.
+
+    A stage's output, or any model: a directory with a config.json, or the name of one on the hub.
+    """
+    is_stage = (path / "DONE.json").is_file() or path.name == "final"
+    if not is_stage and (path / "config.json").is_file():
+        fingerprint = fingerprints.of_folder(path)
+    elif not is_stage and not path.exists() and len(path.parts) == 2 and not path.is_absolute():
+        return {"path": str(path), "place": str(path), "fingerprint": _hub_commit(str(path)), "bytes": 0}
+    else:
+        fingerprint = read_done(path)["fingerprint"]
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    path_from_here = os.path.relpath(path.resolve(), own.resolve())
+    return {"path": path_from_here, "place": str(path), "fingerprint": fingerprint, "bytes": size}
+
+
+def _hub_commit(model: str) -> str:
+    try:
+        return str(HfApi().model_info(model).sha)
+    except (OSError, ValueError) as error:  # a network that is off, an answer that is no, a name that cannot be one
+        raise StageError(
+            f"{model}: no such folder, and the hub does not give a model of that name ({type(error).__name__}); give a "
+            "stage's final/, a model's folder, or a hub name with the network on"
+        ) from None
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -272,22 +302,6 @@ def _git_revision() -> str:
         [git, "-C", here, "--no-optional-locks", "status", "--porcelain"], capture_output=True, text=True, check=False
     )
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
-
-
-def _start_wandb(run: StageRun) -> Any:
-    """A wandb run named stage/recipe; offline by itself when there is no key, and it never asks for one."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "rlhf-pipeline"),
-        group=run.config.run.recipe,
-        job_type=run.stage,
-        name=f"{run.config.run.recipe}-{run.stage}-seed{run.config.run.seed}-{uuid.uuid4().hex[:4]}",
-        dir=str(run.folder),
-        config=run.dials,
-        mode=None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline",
-    )
 
 
 def _sync(path: Path) -> None:

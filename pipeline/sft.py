@@ -8,8 +8,9 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from pipeline.config import SFT
-from pipeline.data import completion_rows, read_rows
-from pipeline.models import Policy, base_of, load_language_model, load_tokenizer, save_policy, with_adapter
+from pipeline.data import completion_rows, show_example, with_chat_template
+from pipeline.formats import read_rows
+from pipeline.models import Policy, base_of, check_model, load_language_model, load_tokenizer, save_policy, with_adapter
 from pipeline.process import quiet, say
 from pipeline.run import StageRun
 from pipeline.trainers import NextTokenTrainer, in_length_batches, report_to, training_arguments, validation_loss
@@ -28,14 +29,17 @@ def train(config: SFT) -> Path:
         model: Policy = load_language_model(base)
         if config.adapter.adapter != "none":
             model = with_adapter(base_of(model), config.adapter)
-        fields = ["prompt", "completion"]
-        rows, dropped = completion_rows(
-            tokenizer, read_rows(config.train_file, fields, config.train_rows), config.max_tokens
+        read = partial(read_rows, kind="completion", bad_rows=config.run.bad_rows, seed=config.run.seed)
+        train, validation = (
+            read(config.train_file, limit=config.train_rows),
+            read(config.validation_file, limit=config.validation_rows),
         )
-        held_out, _ = completion_rows(
-            tokenizer, read_rows(config.validation_file, fields, config.validation_rows), config.max_tokens
-        )
-        say(f"sft: {len(rows):,} rows; {dropped:,} longer than {config.max_tokens} tokens were dropped")
+        with_chat_template(tokenizer, train)
+        rows, longer = completion_rows(tokenizer, train, config.max_tokens, config.too_long)
+        held_out, _ = completion_rows(tokenizer, validation, config.max_tokens, config.too_long)
+        say(f"sft: {len(rows):,} rows; {longer:,} were longer than {config.max_tokens} tokens ({config.too_long})")
+        check_model(base_of(model), tokenizer, max(map(len, rows["input_ids"])), base)
+        show_example(tokenizer, rows[0]["input_ids"], rows[0]["labels"])
         before, _ = validation_loss(model, tokenizer, held_out, config.optim.micro_batch, config.run.precision)
         trainer = NextTokenTrainer(
             label_smoothing=config.label_smoothing,
@@ -55,7 +59,7 @@ def train(config: SFT) -> Path:
         loss, tokens = validation_loss(model, tokenizer, held_out, config.optim.micro_batch, config.run.precision)
         metrics = {
             "rows": len(rows),
-            "rows_dropped": dropped,
+            "rows_too_long": longer,
             "validation_loss_before": before,
             "validation_loss": loss,
             "perplexity": math.exp(loss),

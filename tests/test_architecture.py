@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    {"tensors", "config"},
-    {"losses", "advantages", "process", "judges"},
-    {"models", "data", "corpus", "run"},
+    {"tensors", "config", "fingerprints"},
+    {"losses", "advantages", "process", "judges", "sources"},
+    {"formats", "models", "tracking", "corpus"},
+    {"data", "run"},
     {"scoring", "rollout", "trainers", "report"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )

@@ -119,7 +119,7 @@ def test_a_yaml_value_survives(write, kind, line, dial, value):
         (SFT, "rslora: 1", "rslora", "expected true or false, got '1'"),
         (SFT, "rslora: maybe", "rslora", "expected true or false"),
         (SFT, "precision: fp8", "precision", "expected one of fp32, bf16, got 'fp8'"),
-        (SFT, "report_to: no", "report_to", "expected one of wandb, none, got 'false'"),
+        (SFT, "report_to: no", "report_to", "expected one of wandb, tensorboard, trackio, none, got 'false'"),
         (SFT, "batch_size: 0", "batch_size", "expected at least 1, got 0"),
         (SFT, "seed: -1", "seed", "expected at least 0, got -1"),
         (PPO, "gamma: 1.01", "gamma", "expected at most 1, got 1.01"),

@@ -1,26 +1,34 @@
-"""Where text becomes tokens: rows with their errors, labels, padding; the oracle is a character tokenizer by hand."""
+"""Where text becomes tokens: labels, chat templates, padding; the oracle is a character tokenizer by hand."""
 
-import json
+import copy
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from trl.chat_template_utils import is_chat_template_stop_token_trained
+from trl.data_utils import apply_chat_template
 
 from pipeline.data import (
     IGNORED,
-    DataError,
+    TRANSCRIPT,
     completion_ids,
     completion_rows,
+    joined,
     language_rows,
     pad,
     preference_rows,
     prompt_batch,
     prompt_ids,
-    read_rows,
+    show_example,
     text_ids,
+    turn_ids,
+    with_chat_template,
 )
 from pipeline.models import train_tokenizer
+from pipeline.sources import DataError
 
 LETTERS = "abcdef "
 IDS = {letter: 3 + i for i, letter in enumerate(LETTERS)}  # <pad> 0, <bos> 1, <eos> 2
@@ -39,78 +47,12 @@ def ids(text: str) -> list[int]:
     return [IDS[letter] for letter in text]
 
 
-@pytest.fixture
-def file(tmp_path):
-    """Writes lines, each a row or raw bytes, and returns the file's name."""
-
-    def write(*rows) -> str:
-        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-        (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-        return str(tmp_path / "rows.jsonl")
-
-    return write
-
-
 GOOD = {"prompt": "ab", "completion": " cd"}
-
-
-def test_rows_are_read_whole_and_in_order(file):
-    rows = [{"text": f"größe {i}", "key": i} for i in range(5)]
-    assert read_rows(file(*rows), ["text"]) == rows
-    assert read_rows(file(*rows), ["text"], limit=3) == rows[:3]
-    assert read_rows(file(*rows), ["text"], limit=9) == rows
-    assert read_rows(file(rows[0], b"not read"), ["text"], limit=1) == rows[:1]
-
-
-@pytest.mark.parametrize(
-    ("row", "field", "says"),
-    [
-        ({"prompt": "ab"}, "completion", "no such field"),
-        ({"prompt": "ab", "completion": None}, "completion", "got None"),
-        ({"prompt": "ab", "completion": 3}, "completion", "got 3"),
-        ({"prompt": "ab", "completion": ["x"]}, "completion", r"got \['x'\]"),
-        ({"prompt": "ab", "completion": ""}, "completion", "got ''"),
-        ({"prompt": " \n\t", "completion": "a"}, "prompt", "expected text"),
-        ({**GOOD, "margin": "large"}, "margin", "got 'large'"),
-        ({**GOOD, "margin": None}, "margin", "got None"),
-        ({**GOOD, "margin": float("nan")}, "margin", "got nan"),
-        (["ab", "cd"], "", "expected a JSON object, got list"),
-        (b'{"prompt": "ab",', "", "not JSON"),
-        (b"", "", "not JSON"),
-        (b'{"prompt": "\xff"}', "", "not JSON"),
-    ],
-)
-def test_an_error_names_file_row_and_field(file, row, field, says):
-    name = file(GOOD, GOOD, row, GOOD)
-    with pytest.raises(DataError, match=says) as raised:
-        read_rows(name, ["prompt", "completion"])
-    assert str(raised.value).startswith(f"{name}: row 3: {field}")
-    assert len(str(raised.value)) < len(name) + 200
-
-
-def test_an_optional_prompt_may_be_absent_or_empty_but_not_another_type(file):
-    pair = {"chosen": "a", "rejected": "b"}
-    rows = [pair, {**pair, "prompt": ""}, {**pair, "prompt": "c"}]
-    assert read_rows(file(*rows), ["chosen", "rejected"]) == rows
-    with pytest.raises(DataError, match=r"row 2: prompt: .*got None"):
-        read_rows(file(pair, {**pair, "prompt": None}), ["chosen", "rejected"])
-
-
-def test_a_file_without_rows_is_named(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(DataError, match=r"empty\.jsonl: no rows; .*prompt, completion"):
-        read_rows(str(tmp_path / "empty.jsonl"), ["prompt", "completion"])
-
-
-def test_a_long_wrong_value_is_shortened(file):
-    with pytest.raises(DataError) as raised:
-        read_rows(file({"text": list(range(5000))}), ["text"])
-    assert len(str(raised.value)) < 400
 
 
 def test_prompt_and_completion_join_as_ids(tokenizer):
     assert prompt_ids(tokenizer, ["ab", "e"]) == [[1, *ids("ab")], [1, *ids("e")]]
-    assert completion_ids(tokenizer, [" cd", "e"]) == [[*ids(" cd"), 2], [*ids("e"), 2]]
+    assert completion_ids(tokenizer, ["", ""], [" cd", "e"]) == [[*ids(" cd"), 2], [*ids("e"), 2]]
     assert text_ids(tokenizer, ["ab", ""], [" cd", "f"]) == [[1, *ids("ab cd"), 2], [1, *ids("f"), 2]]
     assert language_rows(tokenizer, ["ab", "c"])["input_ids"] == [[1, *ids("ab"), 2], [1, *ids("c"), 2]]
 
@@ -127,46 +69,221 @@ def test_apart_and_together_differ_under_bpe_and_the_reward_model_reads_sfts_ids
         *bpe(completion, add_special_tokens=False)["input_ids"],
         bpe.eos_token_id,
     ]
-    row = {"prompt": prompt, "completion": completion, "chosen": completion, "rejected": "ab"}
-    assert completion_rows(bpe, [row], 99)[0]["input_ids"][0] == joined
-    assert preference_rows(bpe, [row], 99)[0]["chosen_ids"][0] == joined
+    row = {"prompt": prompt, "completion": completion, "chosen": completion, "rejected": "ab", "margin": 0.0}
+    assert completion_rows(bpe, [row], 99, "error")[0]["input_ids"][0] == joined
+    assert preference_rows(bpe, [row], 99, "error")[0]["chosen_ids"][0] == joined
     assert bpe.decode(joined, skip_special_tokens=True) == prompt + completion
 
 
 def test_loss_lies_on_the_completion_and_its_eos_alone(tokenizer):
-    rows, dropped = completion_rows(tokenizer, [GOOD, {"prompt": "a", "completion": "bbb"}], 20)
-    assert dropped == 0
+    rows, longer = completion_rows(tokenizer, [GOOD, {"prompt": "a", "completion": "bbb"}], 20, "error")
+    assert longer == 0
     assert rows["input_ids"] == [[1, *ids("ab cd"), 2], [1, *ids("abbb"), 2]]
     assert rows["labels"] == [[IGNORED] * 3 + [*ids(" cd"), 2], [IGNORED] * 2 + [*ids("bbb"), 2]]
 
 
-@pytest.mark.parametrize(("max_tokens", "kept"), [(7, [0, 1]), (6, [1]), (5, [1])])
+ROWS = [GOOD, {"prompt": "a", "completion": "bb"}, {"prompt": "abcdef", "completion": "ab"}]  # 7, 5 and 10 tokens
+
+
+@pytest.mark.parametrize(("max_tokens", "kept"), [(10, [0, 1, 2]), (9, [0, 1]), (7, [0, 1]), (6, [1]), (5, [1])])
 def test_too_long_rows_are_dropped_whole_and_counted(tokenizer, max_tokens, kept):
-    rows = [GOOD, {"prompt": "a", "completion": "bb"}, {"prompt": "abcdef", "completion": "ab"}]  # 7, 5 and 10 tokens
-    tokens, dropped = completion_rows(tokenizer, rows, max_tokens)
-    assert tokens["input_ids"] == text_ids(tokenizer, *([rows[i][f] for i in kept] for f in ("prompt", "completion")))
-    assert dropped == len(rows) - len(kept)
+    tokens, longer = completion_rows(tokenizer, ROWS, max_tokens, "drop")
+    assert tokens["input_ids"] == text_ids(tokenizer, *([ROWS[i][f] for i in kept] for f in ("prompt", "completion")))
+    assert longer == len(ROWS) - len(kept)
+
+
+def test_too_long_rows_keep_their_first_tokens_where_something_is_learned_from_them(tokenizer):
+    tokens, longer = completion_rows(tokenizer, ROWS, 6, "cut")
+    assert tokens["input_ids"] == [[1, *ids("ab cd")], [1, *ids("abb"), 2]]  # of the third only prompt would be left
+    assert tokens["labels"][0] == [IGNORED] * 3 + ids(" cd")
+    assert longer == 2
+    sides = {"prompt": "a", "margin": 0.0}
+    pairs = [{**sides, "chosen": "bbbc", "rejected": "bbbd"}, {**sides, "chosen": "cdef", "rejected": "b"}]
+    tokens, longer = preference_rows(tokenizer, pairs, 5, "cut")
+    assert (tokens["chosen_ids"], tokens["rejected_ids"]) == (
+        [[1, *ids("acde")]],
+        [[1, *ids("ab"), 2]],
+    )  # the first: equal
+    assert longer == 2
+
+
+def test_a_too_long_row_may_be_an_error(tokenizer):
+    with pytest.raises(DataError, match=r"usable row 3 has 10 tokens, max_tokens is 9: .*--too_long"):
+        completion_rows(tokenizer, ROWS, 9, "error")
 
 
 def test_all_rows_too_long_is_an_error(tokenizer):
     with pytest.raises(DataError, match="max_tokens = 4"):
-        completion_rows(tokenizer, [GOOD], 4)
+        completion_rows(tokenizer, [GOOD], 4, "drop")
     with pytest.raises(DataError, match="max_tokens = 4"):
-        preference_rows(tokenizer, [{"chosen": "a", "rejected": "abcdef"}], 4)
+        preference_rows(tokenizer, [{"prompt": "", "chosen": "a", "rejected": "abcdef", "margin": 0.0}], 4, "drop")
 
 
 def test_a_pair_is_dropped_when_either_side_is_too_long(tokenizer):
     rows = [
-        {"chosen": "abc", "rejected": "f", "margin": 2},
-        {"chosen": "abcd", "rejected": "f"},
-        {"chosen": "f", "rejected": "abcd"},
-        {"prompt": "ab", "chosen": "c", "rejected": ""},
+        {"prompt": "", "chosen": "abc", "rejected": "f", "margin": 2.0},
+        {"prompt": "", "chosen": "abcd", "rejected": "f", "margin": 0.0},
+        {"prompt": "", "chosen": "f", "rejected": "abcd", "margin": 0.0},
+        {"prompt": "ab", "chosen": "c", "rejected": "", "margin": 0.0},
     ]
-    pairs, dropped = preference_rows(tokenizer, rows, 5)
-    assert dropped == 2
+    pairs, longer = preference_rows(tokenizer, rows, 5, "drop")
+    assert longer == 2
     assert pairs["chosen_ids"] == [[1, *ids("abc"), 2], [1, *ids("abc"), 2]]
     assert pairs["rejected_ids"] == [[1, *ids("f"), 2], [1, *ids("ab"), 2]]
     assert pairs["margin"] == [2.0, 0.0]
+
+
+def test_the_first_row_is_shown_with_its_loss(tokenizer, capsys):
+    rows, _ = completion_rows(tokenizer, [GOOD], 20, "error")
+    show_example(tokenizer, rows[0]["input_ids"], rows[0]["labels"])
+    shown = capsys.readouterr().out.replace(" ", "")
+    assert shown == "firstrow,losson[[]]:<bos>ab[[cd<eos>]]\n"
+
+
+# conversations
+
+
+@pytest.fixture(scope="module")
+def chars():
+    """Characters of a conversation, one id each."""
+    return train_tokenizer("char", ["Human: Assistant: abcdefghijklmnopqrstuvwxyz <|im_start|>\n?.!"], 90)
+
+
+def templated(tokenizer, template):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+@pytest.fixture(scope="module")
+def chat(chars):
+    return templated(chars, TRANSCRIPT)
+
+
+TALK = [("system", "be kind"), ("user", "hi"), ("assistant", "yes"), ("user", "so?"), ("assistant", "no!")]
+TALK = [{"role": role, "content": content} for role, content in TALK]
+
+
+def spelled(tokenizer, pieces):
+    return [(tokenizer.decode(ids), answer) for ids, answer in pieces]
+
+
+def test_a_conversation_is_cut_at_its_answers(chat):
+    assert spelled(chat, turn_ids(chat, TALK)) == [
+        ("<bos>be kind\n\nHuman: hi\n\nAssistant:", False),
+        (" yes<eos>", True),
+        ("\n\nHuman: so?\n\nAssistant:", False),
+        (" no!<eos>", True),
+    ]
+    assert spelled(chat, turn_ids(chat, TALK[:2])) == [("<bos>be kind\n\nHuman: hi\n\nAssistant:", False)]
+    assert spelled(chat, turn_ids(chat, TALK[:4]))[-1] == ("\n\nHuman: so?\n\nAssistant:", False)
+
+
+def test_a_conversations_ids_are_the_same_in_sft_reward_and_ppo(chat):
+    prompt, answer = TALK[:4], TALK[4:]
+    [asked], [answered] = prompt_ids(chat, [prompt]), completion_ids(chat, [prompt], [answer])
+    assert chat.decode(asked + answered) == chat.apply_chat_template(TALK, tokenize=False).removesuffix("\n\n")
+    row = {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": TALK[2:3], "margin": 0.0}
+    assert completion_rows(chat, [row], 999, "error")[0]["input_ids"] == [asked + answered]
+    assert preference_rows(chat, [row], 999, "error")[0]["chosen_ids"] == [asked + answered]
+    tokens, mask = prompt_batch(chat, [prompt, "hi"], 999)
+    assert tokens[0].tolist() == asked
+    assert tokens[1][mask[1]].tolist() == chat("hi")["input_ids"]
+
+
+@pytest.mark.parametrize("every_turn", [False, True])
+def test_loss_lies_on_the_last_answer_or_on_every_one(chat, every_turn):
+    row = {"prompt": TALK[:4], "completion": TALK[4:], "every_turn": every_turn}
+    [example] = completion_rows(chat, [row], 999, "error")[0]
+    learned = [i for i, label in zip(example["input_ids"], example["labels"], strict=True) if label != IGNORED]
+    assert chat.decode(learned) == (" yes<eos>" if every_turn else "") + " no!<eos>"
+    assert all(label in (IGNORED, i) for i, label in zip(example["input_ids"], example["labels"], strict=True))
+
+
+def test_the_plain_template_passes_trls_checks_and_trls_splitting_agrees(chat):
+    assert is_chat_template_stop_token_trained(chat)
+    parts = apply_chat_template({"prompt": TALK[:4], "completion": TALK[4:]}, chat)
+    assert parts["prompt"] == chat.decode(prompt_ids(chat, [TALK[:4]])[0])
+    assert parts["completion"].rstrip() == chat.decode(completion_ids(chat, [TALK[:4]], [TALK[4:]])[0])
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_of_its_own_is_used_and_its_line_break_is_no_part_of_the_answer(chars):
+    chatml = templated(chars, CHATML)
+    chatml.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    assert spelled(chatml, turn_ids(chatml, TALK[1:4])) == [
+        ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False),
+        ("yes<|im_end|>", True),
+        ("\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n", False),
+    ]
+    assert (
+        joined(turn_ids(chatml, TALK[1:4]))
+        == chatml(
+            chatml.apply_chat_template(TALK[1:4], tokenize=False, add_generation_prompt=True), add_special_tokens=False
+        )["input_ids"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "closes no answer with EOS"),
+        (
+            "{{ messages|length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+            "renders a conversation otherwise",
+        ),
+        ("{{ raise_exception('no system, please') }}", "refuses a conversation of system, user.*no system, please"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_on_is_refused(chars, template, says):
+    with pytest.raises(DataError, match=says):
+        turn_ids(templated(chars, template), TALK)
+
+
+def test_a_tokenizer_without_a_template_gets_one_only_for_conversations(chars, capsys):
+    bare = copy.deepcopy(chars)
+    with_chat_template(bare, [{"prompt": "a"}])
+    assert bare.chat_template is None
+    with_chat_template(bare, [{"prompt": "a"}, {"prompt": TALK[:2]}])
+    assert bare.chat_template == TRANSCRIPT
+    assert "no chat template" in capsys.readouterr().out
+    own = templated(chars, CHATML)
+    with_chat_template(own, [{"prompt": TALK[:2]}])
+    assert own.chat_template == CHATML
+
+
+# what people wrote stays text
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.lists(
+        st.sampled_from(["a", " ", "<eos>", "<bos>", "<pad>", "<", "eos>", "\ue000", "1", "\ue001"]), max_size=6
+    )
+)
+def test_text_that_spells_a_special_token_stays_text(words, bpe_chat):
+    """Every special id is one that we or the template put there, and the text comes back as it was written."""
+    text = "x" + "".join(words)
+    special = set(bpe_chat.all_special_ids)
+    [plain] = prompt_ids(bpe_chat, [text])
+    assert not special & set(plain[1:])
+    assert bpe_chat.decode(plain[1:]) == text
+    [completion] = completion_ids(bpe_chat, [""], [text])
+    assert not special & set(completion[:-1])
+    asked, answered = [{"role": "user", "content": text}], [{"role": "assistant", "content": text}]
+    whole = text_ids(bpe_chat, [asked], [answered])[0]
+    assert [i for i in whole if i in special] == [bpe_chat.bos_token_id, bpe_chat.eos_token_id]
+    assert bpe_chat.decode(whole) == f"<bos>Human: {text}\n\nAssistant: {text}<eos>"
+
+
+@pytest.fixture(scope="module")
+def bpe_chat():
+    return templated(train_tokenizer("bpe", ["Human: Assistant: a cat"], 280), TRANSCRIPT)
 
 
 @pytest.mark.parametrize("pad_id", [0, 7])  # 7 is a token of the texts: a mask of `ids != pad` would hide it

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import shutil
@@ -6,16 +7,20 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from pipeline.config import Adapter, Pretrain
 from pipeline.data import decode
 from pipeline.models import (
     ATTENTION,
+    PAD,
     ActorCritic,
     Critic,
     ModelError,
     base_of,
+    check_model,
     frozen,
     head_weight,
     load_language_model,
@@ -26,7 +31,9 @@ from pipeline.models import (
     new_reward_model,
     reference_role,
     response_logprobs,
+    same_tokenizer,
     save_policy,
+    tokenizer_fingerprint,
     train_tokenizer,
     with_adapter,
     without_dropout,
@@ -89,18 +96,86 @@ def test_pieces_are_bytes_characters_or_words():
     assert len(train_tokenizer("word", TEXTS, 9)) == 9
 
 
+def test_a_tokenizer_that_cannot_end_a_response_is_refused(tokenizer, tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token=PAD).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no EOS token"):
+        load_tokenizer(tmp_path)
+
+
+def words(tmp_path, special, unknown=None, **tokens):
+    """A saved tokenizer of words with these special tokens in its vocabulary."""
+    backend = Tokenizer(WordLevel({name: i for i, name in enumerate([*special, "a", "b"])}, unk_token=unknown or "a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(special)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("given", [{}, {"pad_token": "<eos>"}], ids=["no pad", "pad is EOS"])
 @pytest.mark.parametrize(
-    ("special", "message"),
+    ("special", "taken"),
     [
-        ({"pad_token": "<pad>"}, "no EOS"),
-        ({"pad_token": "<eos>", "eos_token": "<eos>"}, "pad token other than EOS"),
-        ({"eos_token": "<eos>"}, "pad token other than EOS"),
+        (["<tool>", "<unused0>", "<|reserved_3|>", "<pad>"], "<pad>"),
+        (["<tool>", "<unk>", "<unused0>", "<|reserved_3|>"], "<|reserved_3|>"),
+        (["<tool>", "<unk>"], "<unk>"),
+        (["<tool>"], "<tool>"),
     ],
 )
-def test_a_tokenizer_that_cannot_end_a_response_is_refused(special, message, tokenizer, tmp_path):
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=message):
-        load_tokenizer(tmp_path)
+def test_a_token_to_spare_becomes_the_padding_and_nothing_grows(given, special, taken, tmp_path, capsys):
+    tokenizer = load_tokenizer(words(tmp_path, [*special, "<eos>"], eos_token="<eos>", **given))
+    assert (tokenizer.pad_token, len(tokenizer)) == (taken, len(special) + 3)
+    assert f"'{taken}' is taken" in capsys.readouterr().out
+
+
+def test_a_token_that_text_or_template_uses_is_not_spare(tmp_path):
+    used = ["<bos>", "<unk>", "<|user|>"]
+    folder = words(tmp_path, [*used, "<eos>"], "<unk>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "<|user|>{{ messages[0].content }}{{ eos_token }}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="no special token to spare"):
+        load_tokenizer(folder)
+
+
+def test_tokenizers_must_agree_between_stages(tmp_path):
+    names = {"sft": "abc", "reward": "abd", "base": "abc"}
+    for name, letters in names.items():
+        train_tokenizer("char", [letters], 40).save_pretrained(tmp_path / name)
+    paths = {name: tmp_path / name for name in names}
+    assert same_tokenizer({name: paths[name] for name in ("sft", "base")}).get_vocab().keys() > {"a", "b", "c"}
+    with pytest.raises(ModelError, match=r"tokenizers differ: sft [0-9a-f]{12} .*, reward [0-9a-f]{12} ") as raised:
+        same_tokenizer(paths)
+    sft, reward, base = (tokenizer_fingerprint(load_tokenizer(paths[name])) for name in ("sft", "reward", "base"))
+    assert sft == base != reward
+    assert {sft, reward} <= set(str(raised.value).replace(",", "").split())
+
+
+def test_a_model_too_small_for_its_tokenizer_or_rows_is_refused(make_model, tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    model = make_model("llama")
+    check_model(model, tokenizer, 64, "here")
+    with pytest.raises(ModelError, match="here: its context is 64 tokens, rows may have 65"):
+        check_model(model, tokenizer, 65, "here")
+    larger.add_tokens(["more"])
+    with pytest.raises(ModelError, match=rf"has ids up to {len(tokenizer)}, the model has {len(tokenizer)} embeddings"):
+        check_model(model, larger, 64, "here")
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_language_model, load_reward_model])
+@pytest.mark.parametrize("breakage", ["nothing there", "not a config", "cut weights"])
+def test_a_directory_that_cannot_be_read_is_named(load, breakage, saved, tmp_path):
+    folder = tmp_path / "model"
+    if breakage == "nothing there":
+        folder.mkdir()
+    else:
+        shutil.copytree(saved["llama"], folder)
+        name = "config.json" if breakage == "not a config" else "model.safetensors"
+        (folder / name).write_bytes((folder / name).read_bytes()[:100])
+        (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"can be loaded from it: .+") as raised:
+        load(folder)
+    assert str(folder) in str(raised.value)
+    assert len(str(raised.value)) < 500
 
 
 # language models, adapters, saving

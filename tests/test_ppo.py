@@ -380,7 +380,7 @@ def parents(tmp_path_factory):
     pretrain.train(
         Pretrain(
             run=run, optim=optim, train_file=corpus, validation_file=corpus, tokenizer="char", hidden_size=16,
-            intermediate_size=24, layers=1, heads=2, context=32, sample_tokens=4,
+            intermediate_size=24, layers=1, heads=2, context=48, sample_tokens=4,
         )
     )  # fmt: skip
     rows = write(folder, "sft.jsonl", [{"prompt": text[:11], "completion": text[11:]} for text in texts])

@@ -8,10 +8,10 @@ from pipeline.reward import new_trainer
 from pipeline.scoring import reward_model_scores
 
 PAIRS = [
-    {"chosen": "the cat sat", "rejected": "a dog", "margin": 2.0},
-    {"chosen": "no", "rejected": "the sea. the hat", "margin": 0.5},
+    {"prompt": "", "chosen": "the cat sat", "rejected": "a dog", "margin": 2.0},
+    {"prompt": "", "chosen": "no", "rejected": "the sea. the hat", "margin": 0.5},
     {"prompt": "he had", "chosen": " tea", "rejected": " cake, the dog ate", "margin": 0.0},
-    {"chosen": "on a mat.", "rejected": "so"},
+    {"prompt": "", "chosen": "on a mat.", "rejected": "so", "margin": 0.0},
 ]
 CONFIG = Reward(
     run=Run(precision="fp32", report_to="none"),
@@ -41,7 +41,7 @@ def bradley_terry(model, rows):
 
 def test_a_step_is_the_bradley_terry_loss_of_our_scores_with_margins(reward_model, tokenizer, tmp_path):
     reward_model.requires_grad_(True)
-    rows, _ = preference_rows(tokenizer, PAIRS, 99)
+    rows, _ = preference_rows(tokenizer, PAIRS, 99, "error")
     expected = bradley_terry(reward_model, rows).mean()
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in reward_model.named_parameters()}
@@ -56,7 +56,7 @@ def test_a_step_is_the_bradley_terry_loss_of_our_scores_with_margins(reward_mode
 
 
 def test_the_head_learns_at_its_own_rate_and_norms_do_not_decay(reward_model, tokenizer, tmp_path):
-    rows, _ = preference_rows(tokenizer, PAIRS, 99)
+    rows, _ = preference_rows(tokenizer, PAIRS, 99, "error")
     optim = Optim(learning_rate=1e-3, weight_decay=0.1, warmup=0.0, batch_size=4, micro_batch=4)
     config = Reward(run=CONFIG.run, optim=optim, head_learning_rate=1e-2)
     reward_model.requires_grad_(True)

@@ -299,7 +299,8 @@ def test_the_reward_model_reads_the_very_ids_it_was_trained_on(policy, reward_mo
         if rollout.has_eos[row] and not {BOS, tokenizer.unk_token_id} & set(tokens):
             plain += 1
             assert [seen[row]] == text_ids(tokenizer, [prompt], [completion])
-            rows, _ = preference_rows(tokenizer, [{"prompt": prompt, "chosen": completion, "rejected": "a"}], 99)
+            pair = {"prompt": prompt, "chosen": completion, "rejected": "a", "margin": 0.0}
+            rows, _ = preference_rows(tokenizer, [pair], 99, "error")
             assert seen[row] == rows["chosen_ids"][0]
     assert plain >= 2
     assert len(seen) == len(PROMPTS)

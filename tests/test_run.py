@@ -12,8 +12,10 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pipeline import fingerprints
 from pipeline.config import SFT, parse
-from pipeline.run import StageError, StageRun, digest, read_done, verify
+from pipeline.run import StageError, StageRun, read_done, verify
+from pipeline.sources import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,7 +74,7 @@ def test_a_finished_stage_lists_what_it_is_and_what_it_was_made_from(project):
     }
     assert done["stage"] == "sft"
     assert done["identity"]["dials"]["max_tokens"] == 50
-    assert done["config"] == digest(done["identity"]["dials"])
+    assert done["config"] == fingerprints.of_value(done["identity"]["dials"])
     assert done["identity"]["data"] == [
         sha256(Path(f).read_bytes()).hexdigest() for f in ("train.jsonl", "validation.jsonl")
     ]
@@ -207,7 +209,7 @@ def test_a_missing_or_unfinished_parent_names_the_command(project):
 
 
 def test_missing_data_names_the_file_and_the_command(project):
-    with pytest.raises(StageError, match=r"absent\.jsonl: no such file; `make data`"):
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
         StageRun("sft", config(SFT), {}, ["train.jsonl", "absent.jsonl"])
 
 
