@@ -211,7 +211,10 @@ def check_roles(where: str, name: str, messages: list[Message], last: str) -> No
 
 def prompt_and(where: str, fields: dict[str, Any], name: str) -> tuple[Text, Text]:
     """The prompt and an answer to it, both text or both messages (text answers a transcript as its next turn)."""
-    prompt, answer = either_field(where, fields, "prompt"), either_field(where, fields, name)
+    prompt = either_field(where, fields, "prompt")
+    answer: Text = (
+        conversation(where, fields, name) if isinstance(fields.get(name), list) else text_field(where, fields, name)
+    )
     if isinstance(prompt, str) and isinstance(answer, str):
         return prompt, answer
     if isinstance(prompt, list) and isinstance(answer, str) and isinstance(fields["prompt"], str):

@@ -41,16 +41,14 @@ def train(config: Pretrain) -> Path:
         return stage.final
     with stage:
         set_seed(config.run.seed)
-        texts = partial(training_texts, config)
+        texts = partial(training_texts, config) if config.stream else list(training_texts(config))
         held_out = [
             row["text"]
             for row in read_rows(config.validation_file, "text", config.validation_rows, config.run.bad_rows)
         ]
-        tokenizer = make_tokenizer(config, texts())
+        tokenizer = make_tokenizer(config, texts() if callable(texts) else texts)
         rows = (
-            language_stream(tokenizer, texts, config.run.seed)
-            if config.stream
-            else language_rows(tokenizer, list(texts()))
+            language_stream(tokenizer, texts, config.run.seed) if callable(texts) else language_rows(tokenizer, texts)
         )
         model = load_language_model(config.init) if config.init else new_language_model(config, tokenizer)
         trainer = NextTokenTrainer(

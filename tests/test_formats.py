@@ -28,6 +28,7 @@ def form(kind, fields):
         ({"messages": [SYSTEM, USER, BOT, USER, OTHER]}, [SYSTEM, USER, BOT, USER], [OTHER]),
         ({"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]}, [USER], [BOT]),
         ({"prompt": "Human: Hi?\n\nAssistant:", "completion": " Yes."}, [USER], [BOT]),
+        ({"prompt": "Human: Hi?", "completion": "Human: Yes."}, [USER], [{**BOT, "content": "Human: Yes."}]),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a", "b"),
         ({"chosen": HH, "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}, [USER], [BOT]),
         ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, [USER], [BOT]),

@@ -1,6 +1,8 @@
 """A stage's process: what its errors print, and what its memory costs."""
 
 import ctypes
+import errno
+import os
 import subprocess
 import sys
 
@@ -18,6 +20,16 @@ def test_a_users_error_is_one_sentence_with_status_1_and_a_bug_is_a_traceback():
         stage_main(fails, "absent.jsonl")
     with pytest.raises(ZeroDivisionError):
         stage_main(lambda config: 1 // 0, None)
+
+
+def test_a_full_disk_is_one_sentence_and_another_system_error_is_a_traceback():
+    def fails(number):
+        raise OSError(number, os.strerror(number), "runs/model.safetensors")
+
+    with pytest.raises(SystemExit, match=r"^error: runs/model\.safetensors: no space left; .* untouched"):
+        stage_main(fails, errno.ENOSPC)
+    with pytest.raises(PermissionError):
+        stage_main(fails, errno.EACCES)
 
 
 PAGE_FAULTS = """

@@ -1,4 +1,4 @@
-"""The README keeps its word: each command in it resolves, each function and linked file it names is there."""
+"""README and docs keep their word: each command in them resolves, each function and linked file they name is there."""
 
 import importlib
 import re
@@ -11,19 +11,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
+
+
+def commands(page: str) -> list[str]:
+    """The lines of its shell blocks; a command over several lines is one."""
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [
+        line
+        for block in blocks
+        for line in re.sub(r'"[^"]*"', lambda text: text[0].replace("\n", " "), block).splitlines()
+    ]
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+COMMANDS = commands(README)
+MAKE = [line for page in (README, *PAGES.values()) for line in commands(page) if line.startswith("make")]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+@pytest.mark.parametrize("command", MAKE)
 def test_a_make_command_resolves_to_stages(command):
     done = run([*shlex.split(command), "--dry-run"])
     assert done.returncode == 0, done.stderr
@@ -55,6 +65,9 @@ def test_a_function_is_where_the_readme_says(name):
 
 
 def test_linked_files_exist():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    pages = {"README.md": README} | {f"docs/{name}": page for name, page in PAGES.items()}
+    links = [
+        (Path(name).parent / link) for name, page in pages.items() for link in re.findall(r"\]\(([^)#: ]+)\)", page)
+    ]
+    assert len(links) > 15
+    assert [str(link) for link in links if not (ROOT / link).exists()] == []

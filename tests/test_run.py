@@ -280,3 +280,66 @@ with StageRun("merge", parse(Merge, ["--config", "empty.yaml", "--report_to", "w
     assert list((project / command).glob("run-*.wandb"))
     assert verify(project / "runs/imdb/merge/final")["metrics"] == {"loss": 2.0}
     assert "wandb" in {path.name for path in (project / "runs/imdb/merge").iterdir()}
+
+
+def sft_from(base, data="train.jsonl"):
+    return StageRun("sft", config(SFT), {"base": Path(base)}, [data])
+
+
+def test_a_parent_may_be_any_model_known_by_its_content(project):
+    tiny = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(tiny).save_pretrained("models/mine")
+    first = sft_from("models/mine").identity
+    shutil.copytree("models/mine", "elsewhere")
+    assert sft_from("elsewhere").identity == first
+    (project / "elsewhere/model.safetensors").write_bytes(b"other")
+    assert sft_from("elsewhere").identity != first
+
+
+@pytest.mark.parametrize(
+    ("parent", "says"),
+    [
+        ("org/name", r"org/name: no such folder, and the hub does not give a model of that name"),
+        ("nowhere", r"nowhere: not there: a stage's final/ is needed"),
+        ("runs/r/pretrain/final", r"final: not there: run pretrain first, for example `make pretrain`"),
+        ("empty", r"empty: not finished \(no DONE\.json there\)"),
+    ],
+)
+def test_a_parent_that_is_not_there_is_named(project, parent, says):
+    Path("empty").mkdir()
+    with pytest.raises(StageError, match=says):
+        sft_from(parent)
+
+
+def test_a_hub_model_is_known_by_its_commit(project, monkeypatch):
+    class Api:
+        def model_info(self, name):
+            return type("Info", (), {"sha": f"commit of {name}"})
+
+    monkeypatch.setattr("pipeline.run.HfApi", Api)
+    run = sft_from("org/name")
+    assert run.identity["parents"] == {"base": "commit of org/name"}
+    assert run.parents["base"]["path"] == "org/name"
+
+
+def test_data_of_several_sources_belong_to_what_a_stage_is(project):
+    base, _ = chain()
+    shutil.copy("train.jsonl", "copy.jsonl")
+    one, same, other = (
+        sft_from(base, data).identity for data in ("train.jsonl", "copy.jsonl", "train.jsonl,copy.jsonl")
+    )
+    assert one == same
+    assert one != other
+
+
+def test_a_full_disk_is_found_before_training(project, monkeypatch):
+    base, _ = chain()
+    shutil.rmtree("runs/r/sft")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 10 * 2**20))
+    before = snapshot(project)
+    with (
+        pytest.raises(StageError, match=r"runs/r/sft: the disk has 10 MiB free, sft needs about 50: make room"),
+        sft_from(base),
+    ):
+        pass
+    assert snapshot(project) == before
