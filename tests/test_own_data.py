@@ -182,7 +182,17 @@ def test_a_bad_row_in_a_stream_is_named_when_it_is_reached(texts):
         file.write('{"text": 3}\n')
     with pytest.raises(DataError, match=r"texts\.jsonl: row 401: text: expected text, got 3"):
         pretrain.train(
-            streaming(texts, "--train_file", "texts.jsonl", "--validation_file", "few.jsonl", "--steps", "9")
+            streaming(
+                texts,
+                "--train_file",
+                "texts.jsonl",
+                "--validation_file",
+                "few.jsonl",
+                "--steps",
+                "9",
+                "--bad_rows",
+                "error",
+            )
         )
     assert not (texts / "runs/own/pretrain/final").exists()
 
