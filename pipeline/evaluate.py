@@ -79,7 +79,7 @@ def train(config: Evaluate) -> Path:
         show(json.loads((stage.final / "evaluation.json").read_text(encoding="utf-8")), stage.final, paths["ppo"])
         return stage.final
     with stage:
-        tokenizer = same_tokenizer({**paths, "reward": reward})
+        tokenizer = same_tokenizer({"sft": paths["sft"], **paths, "reward": reward})
         prompts = read_prompts(config.prompts_file, config.prompts, tokenizer, config)
         classifier = judge(config.judge_file, config.run.seed) if config.judge_file else None
         measured = measure(prompts, tokenizer, paths, reward, classifier, config, stage)

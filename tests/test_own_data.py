@@ -1,6 +1,8 @@
 """A user's own pairs of conversations, from the file to an aligned model one can talk to: recipe `own`, made small."""
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,13 @@ def pair(thing: str, number: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def printed() -> dict[str, str]:
+    """What each stage printed."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, printed) -> Path:
     """Every stage of the recipe, one after the other, on transcripts."""
     folder = tmp_path_factory.mktemp("own")
     files = {}
@@ -55,7 +63,9 @@ def runs(tmp_path_factory) -> Path:
         argv += [f"--{field}={file}" for field, file in named.items() if field in flat(kind())]
         if stage in ("reward", "ppo", "evaluate"):
             argv += SAMPLING.split()
-        modules[stage].train(parse(kind, argv))
+        with redirect_stdout(StringIO()) as shown:
+            modules[stage].train(parse(kind, argv))
+        printed[stage] = shown.getvalue()
     return folder / "runs"
 
 
@@ -64,6 +74,14 @@ def test_every_stage_keeps_the_template_and_one_tokenizer(runs):
     assert {AutoTokenizer.from_pretrained(final).chat_template for final in finals.values()} == {TRANSCRIPT}
     assert AutoTokenizer.from_pretrained(runs / "own/pretrain/final").chat_template is None
     assert len({read_done(final)["tokenizer"] for final in finals.values()}) == 1
+
+
+def test_the_template_is_given_once_and_the_first_row_shown_with_its_loss(runs, printed):
+    assert [stage for stage, text in printed.items() if "no chat template" in text] == ["sft"]
+    said = " ".join(printed["sft"].split())
+    assert "Who asks?<eos> Human: I do. Assistant:[[ Yes, a cat.<eos>]]" in said
+    assert "loss on [[ ]]: <bos>Human: Is 0 a cat? Assistant: Who asks?" in said
+    assert "a cat.[[<eos>]]" in " ".join(printed["reward"].split())
 
 
 def test_the_merged_model_answers_through_its_template(runs):

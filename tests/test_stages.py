@@ -1,10 +1,13 @@
 """The smoke recipe from raw text to the page, as a user runs it; and SFT and PPO once more on two CPU processes."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -291,3 +294,123 @@ def test_how_many_processes_made_it_does_not_enter_what_a_stage_is(chain, two, c
     assert ppo.train(parse(config.PPO, two_dials("ppo", chain, two.runs))) == two.final("ppo")
     assert "ppo: finished already, skipped" in capsys.readouterr().out
     assert snapshot(two.runs) == before
+
+
+# docs/serving.md, run as it is written
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def served(chain, tmp_path, monkeypatch):
+    """A folder in which runs/imdb is the smoke recipe's."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/imdb").symlink_to(chain.runs / "smoke")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_transformers_continues_a_text(served, capsys):
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    assert capsys.readouterr().out.startswith("I watched this with my sister and")
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    config = names["model"].generation_config
+    assert (config.do_sample, config.top_k, config.top_p, config.temperature) == (True, 0, 1.0, 1.0)
+
+
+def test_the_adapter_on_sft_is_the_merged_model(served):
+    names: dict = {}
+    exec(BLOCKS[1], names)
+    merged = AutoModelForCausalLM.from_pretrained("runs/imdb/merge/final")
+    both = AutoModelForCausalLM.from_pretrained("runs/imdb/ppo/final")
+    ids = AutoTokenizer.from_pretrained("runs/imdb/merge/final")("Just saw this", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = merged(ids).logits
+        for model in (names["policy"], both):
+            torch.testing.assert_close(model.eval()(ids).logits, expected, atol=1e-5 * expected.abs().max(), rtol=0)
+
+
+def test_there_is_no_other_block():
+    assert len(BLOCKS) == 2
+
+
+# what a user may get wrong: one sentence, nothing harmed
+
+
+def broken_model(chain, folder: Path) -> str:
+    shutil.copytree(chain.final("sft"), folder / "broken")
+    (folder / "broken/model.safetensors").write_bytes(b"not weights")
+    return f"--base={folder}/broken"
+
+
+def other_tokenizer(chain, folder: Path) -> str:
+    shutil.copytree(chain.final("pretrain"), folder / "other")
+    file = folder / "other/tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return f"--base={folder}/other"
+
+
+def rows(name: str, content: bytes):
+    def write(chain, folder: Path) -> str:
+        (folder / name).write_bytes(content)
+        return f"--train_file={folder / name}"
+
+    return write
+
+
+def given(*dials: str):
+    return lambda chain, folder: " ".join(dials)
+
+
+PAIR, TURNED = b'{"chosen": "a", "rejected": "b"}\n', b'{"chosen": "b", "rejected": "a"}\n'
+GOOD = b'{"prompt": "a", "completion": " b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("stage", "mistake", "says"),
+    [
+        ("sft", rows("a.jsonl", GOOD + b'{"prompt": "a"}\n'), r"a\.jsonl: row 2: completion: no such field"),
+        ("sft", rows("a.csv", b"prompt,completion\na,b\nc\n"), r"a\.csv: row 2: expected 2 cells"),
+        ("sft", rows("a.jsonl", GOOD + b"\xff\n"), r"a\.jsonl: line 2: not UTF-8"),
+        ("sft", rows("a.jsonl", b""), r"a\.jsonl: no rows"),
+        ("sft", rows("a.txt", GOOD), r"a\.txt: expected a \.jsonl"),
+        ("sft", rows("a.jsonl", GOOD.replace(b"b", b"b? " * 999)), "every row is longer than max_tokens"),
+        ("sft", given("--too_long=error", "--max_tokens=20"), "usable row 1 has .*--too_long drop or cut"),
+        ("sft", given("--train_file=absent.jsonl"), r"absent\.jsonl: no such file"),
+        ("sft", given("--train_file=org/name"), "as a hub dataset: the hub is switched off"),
+        ("sft", given("--base=org/name"), "org/name: no such folder, and the hub does not give a model"),
+        ("sft", broken_model, "broken: no model can be loaded from it"),
+        ("reward", other_tokenizer, "tokenizers differ: sft [0-9a-f]{12} .*, base [0-9a-f]{12}"),
+        ("reward", given("--max_new_tokens=2000"), "its context is 128 tokens, rows may have 2064; lower"),
+        ("reward", rows("a.jsonl", PAIR + TURNED), "row 2: chosen: contradicts"),
+        ("ppo", given("--reward=nowhere/reward/final"), "nowhere/reward/final: not there: run reward first"),
+        ("ppo", given("--rollout_batch=500000"), "rollout_batch is 500000, but there are [0-9]+ prompts"),
+        ("evaluate", given("--long_prompts=error", "--max_prompt_tokens=3"), "prompts are longer than 3 tokens: raise"),
+        ("sft", given("--report_to=trackio"), "report_to trackio needs a package"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_and_harms_nothing(chain, stage, mistake, says, tmp_path, monkeypatch):
+    if "trackio" in says and importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    parents = {"base": "pretrain", "sft": "sft", "reward": "reward", "policy": "merge"}
+    known = {dial: chain.final(parents[dial]) for dial in parents if dial in config.flat(KINDS[stage]())}
+    before = snapshot(chain.runs)
+    more = [f"--{dial}={place}" for dial, place in known.items()] + mistake(chain, tmp_path).split()
+    with pytest.raises(SystemExit, match="^error: .*" + says) as stopped:
+        stage_main(STAGES[stage].train, parse(KINDS[stage], dials(stage, tmp_path / "runs", *more)))
+    assert len(stopped.value.code) < 600
+    assert not list(tmp_path.glob("runs/smoke/*/final*"))
+    assert snapshot(chain.runs) == before
+
+
+def test_a_wrong_dial_is_answered_at_once(tmp_path):
+    """Less than 3 seconds on a busy machine, since nothing heavy is imported before the config is read."""
+    started = time.monotonic()
+    done = python("stages/ppo.py", "--kl_coeff", "0.1")
+    assert time.monotonic() - started < 3
+    assert (done.returncode, done.stderr) == (2, "error: unknown dial 'kl_coeff'; did you mean 'kl_coef'?\n")
