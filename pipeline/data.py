@@ -58,15 +58,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> l
     return [next(plain) if isinstance(prompt, str) else joined(turn_ids(tokenizer, prompt)) for prompt in prompts]
 
 
-def completion_ids(
+def row_pieces(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], completions: Sequence[Text]
-) -> list[list[int]]:
-    """Ids of each completion, closed by EOS; the prompts say how a chat template opens and closes it."""
-    plain = iter(plain_ids(tokenizer, [completion for completion in completions if isinstance(completion, str)]))
+) -> list[list[tuple[list[int], bool]]]:
+    """Ids of each prompt + completion + EOS in pieces, and which are answers; the last piece is the completion."""
+    texts = [row for row in zip(prompts, completions, strict=True) if isinstance(row[0], str)]
+    opened = iter(plain_ids(tokenizer, [str(prompt) for prompt, _ in texts], opens=True))
+    closed = iter(plain_ids(tokenizer, [str(completion) for _, completion in texts]))
     return [
-        [*next(plain), tokenizer.eos_token_id]
-        if isinstance(completion, str)
-        else turn_ids(tokenizer, [*prompt, *completion])[-1][0]
+        [(next(opened), False), ([*next(closed), tokenizer.eos_token_id], True)]
+        if isinstance(prompt, str)
+        else turn_ids(tokenizer, [*prompt, *completion])
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
@@ -75,8 +77,7 @@ def text_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], completions: Sequence[Text]
 ) -> list[list[int]]:
     """Ids of each prompt + completion + EOS: what SFT trains on and what the reward model scores."""
-    parts = prompt_ids(tokenizer, prompts), completion_ids(tokenizer, prompts, completions)
-    return [prompt + completion for prompt, completion in zip(*parts, strict=True)]
+    return [joined(pieces) for pieces in row_pieces(tokenizer, prompts, completions)]
 
 
 def turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
@@ -185,15 +186,13 @@ def completion_rows(
     Learned are the completion and its EOS; of `every_turn` rows each answer. `too_long` drop leaves a longer row out,
     cut keeps its first tokens, error refuses it.
     """
-    prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows])
-    completions = completion_ids(tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows])
     encoded = []
-    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
-        labels = [IGNORED] * len(prompt)
-        if row.get("every_turn"):
-            pieces = turn_ids(tokenizer, row["prompt"])
-            labels = joined((ids if answer else [IGNORED] * len(ids), answer) for ids, answer in pieces)
-        encoded.append({"input_ids": prompt + completion, "labels": labels + completion})
+    texts = ([row[field] for row in rows] for field in ("prompt", "completion"))
+    for row, pieces in zip(rows, row_pieces(tokenizer, *texts), strict=True):
+        last = len(pieces) - 1
+        learned = [answer and (number == last or row.get("every_turn")) for number, (_, answer) in enumerate(pieces)]
+        labels = [ids if learn else [IGNORED] * len(ids) for (ids, _), learn in zip(pieces, learned, strict=True)]
+        encoded.append({"input_ids": joined(pieces), "labels": list(chain.from_iterable(labels))})
     return fitting(encoded, ("input_ids", "labels"), max_tokens, too_long, lambda row: set(row["labels"]) != {IGNORED})
 
 

@@ -14,7 +14,6 @@ from trl.data_utils import apply_chat_template
 from pipeline.data import (
     IGNORED,
     TRANSCRIPT,
-    completion_ids,
     completion_rows,
     joined,
     language_rows,
@@ -52,7 +51,6 @@ GOOD = {"prompt": "ab", "completion": " cd"}
 
 def test_prompt_and_completion_join_as_ids(tokenizer):
     assert prompt_ids(tokenizer, ["ab", "e"]) == [[1, *ids("ab")], [1, *ids("e")]]
-    assert completion_ids(tokenizer, ["", ""], [" cd", "e"]) == [[*ids(" cd"), 2], [*ids("e"), 2]]
     assert text_ids(tokenizer, ["ab", ""], [" cd", "f"]) == [[1, *ids("ab cd"), 2], [1, *ids("f"), 2]]
     assert language_rows(tokenizer, ["ab", "c"])["input_ids"] == [[1, *ids("ab"), 2], [1, *ids("c"), 2]]
 
@@ -181,11 +179,12 @@ def test_a_conversation_is_cut_at_its_answers(chat):
 
 def test_a_conversations_ids_are_the_same_in_sft_reward_and_ppo(chat):
     prompt, answer = TALK[:4], TALK[4:]
-    [asked], [answered] = prompt_ids(chat, [prompt]), completion_ids(chat, [prompt], [answer])
-    assert chat.decode(asked + answered) == chat.apply_chat_template(TALK, tokenize=False).removesuffix("\n\n")
+    [asked], [whole] = prompt_ids(chat, [prompt]), text_ids(chat, [prompt], [answer])
+    assert whole[: len(asked)] == asked
+    assert chat.decode(whole) == chat.apply_chat_template(TALK, tokenize=False).removesuffix("\n\n")
     row = {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": TALK[2:3], "margin": 0.0}
-    assert completion_rows(chat, [row], 999, "error")[0]["input_ids"] == [asked + answered]
-    assert preference_rows(chat, [row], 999, "error")[0]["chosen_ids"] == [asked + answered]
+    assert completion_rows(chat, [row], 999, "error")[0]["input_ids"] == [whole]
+    assert preference_rows(chat, [row], 999, "error")[0]["chosen_ids"] == [whole]
     tokens, mask = prompt_batch(chat, [prompt, "hi"], 999)
     assert tokens[0].tolist() == asked
     assert tokens[1][mask[1]].tolist() == chat("hi")["input_ids"]
@@ -204,7 +203,7 @@ def test_the_plain_template_passes_trls_checks_and_trls_splitting_agrees(chat):
     assert is_chat_template_stop_token_trained(chat)
     parts = apply_chat_template({"prompt": TALK[:4], "completion": TALK[4:]}, chat)
     assert parts["prompt"] == chat.decode(prompt_ids(chat, [TALK[:4]])[0])
-    assert parts["completion"].rstrip() == chat.decode(completion_ids(chat, [TALK[:4]], [TALK[4:]])[0])
+    assert parts["completion"].rstrip() == chat.decode(turn_ids(chat, TALK)[-1][0])
 
 
 CHATML = (
@@ -273,8 +272,7 @@ def test_text_that_spells_a_special_token_stays_text(words, bpe_chat):
     [plain] = prompt_ids(bpe_chat, [text])
     assert not special & set(plain[1:])
     assert bpe_chat.decode(plain[1:]) == text
-    [completion] = completion_ids(bpe_chat, [""], [text])
-    assert not special & set(completion[:-1])
+    assert text_ids(bpe_chat, [text], [text])[0] == [*plain, *plain[1:], bpe_chat.eos_token_id]
     asked, answered = [{"role": "user", "content": text}], [{"role": "assistant", "content": text}]
     whole = text_ids(bpe_chat, [asked], [answered])[0]
     assert [i for i in whole if i in special] == [bpe_chat.bos_token_id, bpe_chat.eos_token_id]
