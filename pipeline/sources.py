@@ -2,7 +2,7 @@
 
     pairs.jsonl                     .jsonl, .json, .csv or .parquet; the first three also as .gz
     folder/                         every such file in it, by name
-    org/name:train@v1.0             a hub dataset, its split (train if not said) and its revision (main)
+    org/name/config:split@v1.0      a hub dataset, if need be its configuration, its split (train), its revision (main)
     a.jsonl, b.jsonl                one after the other
     a.jsonl*3, b.jsonl*1            mixed in these shares, until each was read through once
 
@@ -31,7 +31,9 @@ from pipeline import fingerprints
 from pipeline.config import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
-HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]%:-]+))?(@(?P<revision>[\w./-]+))?")
+HUB = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:-]+))?(@(?P<revision>[\w./-]+))?"
+)
 
 Row = tuple[str, dict[str, Any]]
 """What names the row in an error, and its fields."""
@@ -47,6 +49,7 @@ class Source:
 
     name: str
     files: tuple[Path, ...] = ()
+    config: str | None = None
     split: str = "train"
     revision: str = "main"
     share: float | None = None
@@ -59,7 +62,7 @@ class Source:
     def fingerprint(self) -> str:
         """sha256 of a file; of a folder's list of them; a hub dataset's commit."""
         if not self.files:
-            return f"{hub_commit(self)}:{self.split}"
+            return f"{hub_commit(self)}/{self.config}:{self.split}"
         hashes = [fingerprints.of_file(file) for file in self.files]
         return hashes[0] if len(hashes) == 1 else fingerprints.of_value([[file.name for file in self.files], hashes])
 
@@ -133,7 +136,7 @@ def _source(text: str) -> Source:
     if not found or place.endswith(SUFFIXES):
         hint = "; `make data` makes the default recipe's" if place.startswith("data/imdb/") else ""
         raise DataError(f"{place}: no such file or folder{hint}")
-    return Source(found["name"], (), found["split"] or "train", found["revision"] or "main", weight)
+    return Source(found["name"], (), found["config"], found["split"] or "train", found["revision"] or "main", weight)
 
 
 def file_rows(file: Path) -> Iterator[Row]:
@@ -213,10 +216,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def hub_rows(source: Source) -> Iterator[Row]:
     """A hub dataset's rows, streamed at the commit that its revision names now."""
     where = f"{source.name}:{source.split}"
-    rows = _hub(
-        source,
-        lambda: datasets.load_dataset(source.name, split=source.split, revision=hub_commit(source), streaming=True),
-    )
+    commit = hub_commit(source)
+    asked = {"split": source.split, "revision": commit, "streaming": True}
+    rows = _hub(source, lambda: datasets.load_dataset(source.name, source.config, **asked))
     for number, row in enumerate(rows, 1):
         yield f"{where}: row {number}", row
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_a_stage_command_parses(command):
     stage = command[command.index("stages/") :]
     done = run([sys.executable, *shlex.split(stage), "--help"])
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["make", "help"], *([sys.executable, f"stages/{s}.py", "--help"] for s in ("sft", "ppo"))]
+)
+def test_help_answers_within_a_second(command):
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        assert run(command).returncode == 0
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1
 
 
 def test_every_command_is_looked_at():

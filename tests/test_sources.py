@@ -172,8 +172,8 @@ def test_a_hub_dataset_is_read_at_one_commit(monkeypatch):
             asked.append((name, revision))
             return type("Info", (), {"sha": "c0ffee"})
 
-    def load(name, **options):
-        asked.append((name, options))
+    def load(name, config, **options):
+        asked.append((name, config, options))
         return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
     monkeypatch.setattr(sources, "HfApi", Api)
@@ -181,9 +181,10 @@ def test_a_hub_dataset_is_read_at_one_commit(monkeypatch):
     assert fields("org/name:train[:3]@v1.0") == ROWS
     assert asked == [
         ("org/name", "v1.0"),
-        ("org/name", {"split": "train[:3]", "revision": "c0ffee", "streaming": True}),
+        ("org/name", None, {"split": "train[:3]", "revision": "c0ffee", "streaming": True}),
     ]
-    assert fingerprint("org/name:test") == "c0ffee:test"
+    assert fingerprint("org/name:test") == "c0ffee/None:test"
+    assert fingerprint("org/name/en") == "c0ffee/en:train"
     assert [where for where, _ in read("org/name", limit=1)] == ["org/name:train: row 1"]
 
 
