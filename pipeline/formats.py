@@ -42,8 +42,8 @@ def read_rows(source: str, kind: str, limit: int = 0, bad_rows: str = "error", s
 def usable(source: str, kind: str, limit: int, bad_rows: str, seed: int) -> Iterator[dict[str, Any]]:
     """The rows of `read_rows` one by one, as they are read."""
     conform = FORMS[kind]
-    dropped: list[DataError] = []
-    used = 0
+    used = dropped = 0
+    first: DataError | None = None
     seen: dict[str, tuple[str, str]] = {}
     for row in read(source, limit, seed):
         try:
@@ -53,14 +53,14 @@ def usable(source: str, kind: str, limit: int, bad_rows: str, seed: int) -> Iter
         except DataError as error:
             if bad_rows == "error":
                 raise DataError(f"{error}; {MEND}") from None
-            dropped.append(error)
+            first, dropped = first or error, dropped + 1
             continue
         used += 1
         yield form
     if not used:
-        raise DataError(f"{source}: no row of it can be used" + (f"; the first: {dropped[0]}" if dropped else ""))
+        raise DataError(f"{source}: no row of it can be used; the first: {first}")
     if dropped:
-        say(f"{source}: {len(dropped):,} rows dropped; the first: {dropped[0]}")
+        say(f"{source}: {dropped:,} rows dropped; the first: {first}")
 
 
 def as_text(row: Row) -> dict[str, Any]:
