@@ -212,6 +212,11 @@ class PPO:
     rollout_batch: int = dial(128, "responses per rollout, over all processes", low=1)
     epochs: int = dial(2, "passes over each rollout (Schulman et al., arXiv 1707.06347)", low=1)
     minibatches: int = dial(2, "optimiser steps per epoch", low=1)
+    target_kl: float | None = dial(
+        None,
+        "nats per token: a rollout's later epochs are left out once an epoch's approx_kl passes 1.5 times this",
+        low=0,
+    )
     micro_batch: int = dial(64, "sequences per forward on one process", low=1)
     learning_rate: float = dial(1e-3, "policy's learning rate, falling linearly to zero", low=0)
     critic_learning_rate: float = dial(5e-4, "critic's learning rate, falling linearly to zero", low=0)
@@ -222,6 +227,10 @@ class PPO:
     kl_coef: float = dial(
         0.1, "beta: reward units per nat of KL to the reference (Ziegler et al., arXiv 1909.08593)", low=0
     )
+    adaptive_kl: float | None = dial(
+        None, "nats per response to which kl_coef is steered (Ziegler et al., eq. 4); none: it is fixed", low=1e-6
+    )
+    adaptive_kl_horizon: int = dial(10_000, "responses over which kl_coef adapts", low=1)
     gamma: float = dial(1.0, "discount per token", low=0, high=1)
     lam: float = dial(0.95, "lambda of GAE (Schulman et al., arXiv 1506.02438)", low=0, high=1)
     clip: float = dial(0.2, "epsilon of the clipped ratio", low=0)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.advantages import explained_variance, kl_k3
+from pipeline.advantages import adapted_kl_coef, explained_variance, kl_k3
 from pipeline.config import PPO, UserError
 from pipeline.data import decode
 from pipeline.formats import Text, shown
@@ -46,10 +47,12 @@ from pipeline.models import (
     with_adapter,
 )
 from pipeline.process import new_accelerator, processes, quiet, say
-from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
+from pipeline.rollout import Experience, Forward, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import masked_mean, masked_sum
+
+MOST_SKIPPED = 5  # optimiser steps in a row without a finite gradient before the run is stopped
 
 
 def train(config: PPO, score: ScoreFunction | None = None) -> Path:
@@ -80,27 +83,25 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
         batches = prompt_batches(len(prompts), config.rollout_batch, config.run.seed)
         score = score or partial(reward_model_scores, reward_model)
         experience_of = partial(
-            to_experience, actor_critic=prepared, reference=reference, score=score, config=config,
+            to_experience, actor_critic=prepared, reference=reference, score=score,
             reduce=partial(accelerator.reduce, reduction="sum"),
         )  # fmt: skip
-        evaluate = partial(
-            evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, config, accelerator
-        )
+        evaluate = partial(evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, accelerator)
 
         summary: dict[str, Any] = {}
+        skipped = 0  # optimiser steps in a row whose gradient was not finite
         for step in range(config.rollouts):
             if step % config.eval_every == 0:
-                summary = evaluation(stage, step, *evaluate())
+                summary = evaluation(stage, step, *evaluate(config))
             started = time.monotonic()
             mine = next(batches)[accelerator.process_index :: accelerator.num_processes]
             with accelerator.autocast():
                 rollout = generate(actor_critic.policy, tokenizer, [prompts[row] for row in mine], config.sampling)
                 sampled = time.monotonic()
-                experience = experience_of(rollout)
+                experience = experience_of(rollout, config=config)
             check_first_rollout(step, experience, accelerator)
-            metrics = update(
-                prepared, optimizer, experience, config, accelerator, trains_policy=step >= config.critic_warmup
-            )
+            trains_policy = step >= config.critic_warmup
+            metrics, skipped = update(prepared, optimizer, experience, config, accelerator, trains_policy, skipped)
             metrics |= rollout_metrics(experience, accelerator, config)
             metrics |= {
                 "learning_rate": optimizer.param_groups[0]["lr"],
@@ -109,13 +110,14 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
                 "tokens_per_second": metrics["length"] * config.rollout_batch / (time.monotonic() - started),
             }
             scheduler.step()
+            config = adapted(config, metrics["kl"])
             stage.log(step, metrics)
             stage.progress(
                 config.rollouts, step + 1,
                 score=f"{metrics['score']:+.2f}", kl=f"{metrics['kl']:.2f}", length=f"{metrics['length']:.0f}",
                 **{"tokens/s": f"{metrics['tokens_per_second']:,.0f}"},
             )  # fmt: skip
-        summary = evaluation(stage, config.rollouts, *evaluate())
+        summary = evaluation(stage, config.rollouts, *evaluate(config))
         say(f"ppo: validation score {summary['eval_score']:+.2f}, KL {summary['eval_kl']:.2f} nats per response")
         trained = accelerator.unwrap_model(prepared)
         return stage.finish(partial(save, trained, tokenizer), summary)
@@ -167,14 +169,19 @@ def update(
     config: PPO,
     accelerator: Accelerator,
     trains_policy: bool,
-) -> dict[str, float]:
+    skipped: int = 0,
+) -> tuple[dict[str, float], int]:
     """Epochs of optimiser steps on one experience; returns the masked global means of what happened in them.
 
-    Without `trains_policy` only the critic learns: the policy's gradient is zero, and Adam leaves it where it is.
+    Without `trains_policy` only the critic learns: the policy's gradient is zero, and Adam leaves it where it is. A
+    step whose gradient is not finite is skipped on every process and counted; `skipped` of them in a row came before,
+    and how many there are in a row now is returned. Raises FloatingPointError when they are too many.
     """
     own = len(experience) // config.minibatches
     statistics: dict[str, list[Tensor]] = {}
+    skips = epochs = 0
     for _ in range(config.epochs):
+        epochs += 1
         for rows in torch.randperm(len(experience)).split(own):
             tokens = accelerator.reduce(experience.response_mask[rows].sum(), "sum")
             step: dict[str, Tensor] = {}
@@ -187,14 +194,38 @@ def update(
                     accelerator.backward(loss * accelerator.num_processes)
                 step = {name: step.get(name, torch.zeros(())) + value for name, value in sums.items()}
             norm = accelerator.clip_grad_norm_(actor_critic.parameters(), config.max_grad_norm)
-            optimizer.step()
+            if norm.isfinite():  # the same on every process, since gradients are averaged before
+                optimizer.step()
+                skipped = 0
+                step |= {"grad_norm": norm / accelerator.num_processes}
+                for name, value in step.items():
+                    statistics.setdefault(name, []).append(value.detach())
+            else:
+                skips, skipped = skips + 1, skipped + 1
+                if skipped > MOST_SKIPPED:
+                    wrong = [name for name, value in sorted(step.items()) if not value.isfinite()]
+                    raise FloatingPointError(
+                        f"ppo: {skipped} optimiser steps in a row have no finite gradient; not finite here: "
+                        f"{', '.join(wrong) or 'only the gradient'}. Nothing was written: lower the learning rates, or "
+                        "look at the last lines of metrics.jsonl"
+                    )
             optimizer.zero_grad()
-            step |= {"grad_norm": norm / accelerator.num_processes}
-            for name, value in step.items():
-                statistics.setdefault(name, []).append(value.detach())
+        if config.target_kl is not None and statistics:
+            steps = statistics["approx_kl"][-config.minibatches :]
+            if accelerator.reduce(torch.stack(steps).mean(), "sum") > 1.5 * config.target_kl:
+                break
     names = sorted(statistics)
-    means = accelerator.reduce(torch.stack([torch.stack(statistics[name]).mean() for name in names]), "sum")
-    return dict(zip(names, means.tolist(), strict=True))
+    means = torch.stack([torch.stack(statistics[name]).mean() for name in names]) if names else torch.zeros(0)
+    metrics = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
+    return metrics | {"update_epochs": epochs, "skipped_updates": skips}, skipped
+
+
+def adapted(config: PPO, kl: float) -> PPO:
+    """The config with kl_coef moved towards where KL is `adaptive_kl`; the same config when there is none."""
+    if config.adaptive_kl is None:
+        return config
+    kl_coef = adapted_kl_coef(config.kl_coef, kl, config.adaptive_kl, config.rollout_batch, config.adaptive_kl_horizon)
+    return replace(config, kl_coef=kl_coef)
 
 
 def ppo_loss(
@@ -268,16 +299,16 @@ def evaluate_policy(
     prompts: list[Text],
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
-    experience_of: Callable[[Rollout], Experience],
-    config: PPO,
+    experience_of: Callable[..., Experience],
     accelerator: Accelerator,
+    config: PPO,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics and samples on fixed held-out prompts with fixed noise; the training's random state is left untouched."""
     share = prompts[accelerator.process_index :: accelerator.num_processes]
     share = share[: len(prompts) // accelerator.num_processes]
     with torch.random.fork_rng(), accelerator.autocast():
         torch.manual_seed(accelerator.process_index)
-        experience = experience_of(generate(policy, tokenizer, share, config.sampling))
+        experience = experience_of(generate(policy, tokenizer, share, config.sampling), config=config)
     metrics = rollout_metrics(experience, accelerator, config)
     texts = [decode(tokenizer, ids) for ids in experience.input_ids[:, -experience.size :].tolist()]
     rows = zip(share, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)
@@ -296,6 +327,12 @@ def evaluation(stage: StageRun, step: int, metrics: dict[str, float], samples: l
 
 
 def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The policy at the top of the folder and the critic in `critic/`; both load with `from_pretrained`."""
+    """The policy at the top of the folder and the critic in `critic/`; both load with `from_pretrained`.
+
+    Raises FloatingPointError for a weight that is not finite: nothing of it is ever finished.
+    """
+    for name, parameter in actor_critic.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"ppo: {name} is not finite after training; nothing was written")
     save_policy(actor_critic.policy, tokenizer, folder)
     actor_critic.critic.save(folder / "critic")

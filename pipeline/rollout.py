@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.advantages import clip_scores, gae, kl_k1, replace_missing_eos, token_rewards
-from pipeline.config import PPO, Evaluate, Reward, Sampling
+from pipeline.config import PPO, Evaluate, Reward, Sampling, UserError
 from pipeline.data import length_batches, prompt_batch, prompt_ids, with_chat_template
 from pipeline.formats import Text, read_rows
 from pipeline.models import Policy, base_of, sampling_config
@@ -141,6 +141,20 @@ def read_prompts(
     return [prompt for prompt, is_longer in zip(prompts, longer, strict=True) if policy == "cut" or not is_longer]
 
 
+def checked_scores(parts: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The micro-batches' scores (B,) as one; UserError for another shape, or a score that is no finite number."""
+    shapes = [tuple(part.shape) for part in parts]
+    if any(len(shape) != 1 for shape in shapes) or sum(shape[0] for shape in shapes) != len(mask):
+        raise UserError(
+            f"the score function gave shapes {shapes} for {len(mask)} responses; expected one number for each"
+        )
+    scores = torch.cat(list(parts)).float()
+    if not scores.isfinite().all():
+        row = int((~scores.isfinite()).nonzero()[0])
+        raise UserError(f"the score of response {row} is {scores[row].item()}; a score must be a finite number")
+    return scores
+
+
 @torch.no_grad()
 def to_experience(
     rollout: Rollout, actor_critic: Forward, reference: Forward, score: ScoreFunction, config: PPO, reduce: Reduce
@@ -160,7 +174,7 @@ def to_experience(
         ref_logprobs.append(reference(ids, mask, rollout.size)[0])
         scores.append(score(ids, mask))
     mask = rollout.response_mask
-    old_logprobs, old_values, all_scores = torch.cat(logprobs), torch.cat(values), torch.cat(scores)
+    old_logprobs, old_values, all_scores = torch.cat(logprobs), torch.cat(values), checked_scores(scores, mask)
     kl = kl_k1(old_logprobs, torch.cat(ref_logprobs)).masked_fill(~mask, 0)
     used = replace_missing_eos(clip_scores(all_scores, config.score_clip), rollout.has_eos, config.missing_eos_score)
     rewards = token_rewards(used, kl, mask, config.kl_coef)

@@ -6,7 +6,15 @@ import torch
 from test_tensors import on_processes
 from torch import Tensor
 
-from pipeline.advantages import explained_variance, gae, kl_k1, kl_k3, replace_missing_eos, token_rewards
+from pipeline.advantages import (
+    adapted_kl_coef,
+    explained_variance,
+    gae,
+    kl_k1,
+    kl_k3,
+    replace_missing_eos,
+    token_rewards,
+)
 from pipeline.tensors import masked_mean, masked_sum, response_mask
 
 NAN, INF = math.nan, math.inf
@@ -216,3 +224,18 @@ def test_masked_positions_reach_no_result_and_no_gradient(poison):
             assert a[mask].ne(0).any()
     assert results[0][2][~mask].eq(0).all()
     assert results[0][3][~mask].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(12, 0.151536), (6.6, 0.150768), (0, 0.148464), (6, 0.15), (-3, 0.148464)]
+)
+def test_the_kl_coefficient_is_steered_to_its_target(kl, expected):
+    """Ziegler et al. 2019, eq. 4, with 512 sequences and horizon 10,000; the error is cut to a fifth."""
+    assert adapted_kl_coef(0.15, kl, 6, 512, 10_000) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_hundred_saturated_updates_of_the_kl_coefficient():
+    kl_coef = 1.0
+    for _ in range(100):
+        kl_coef = adapted_kl_coef(kl_coef, 99, 6, 512, 10_000)
+    assert kl_coef == pytest.approx(2.76985, abs=1e-5)

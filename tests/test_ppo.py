@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def same(module, before):
 def run_update(actor_critic, experience, accelerator, config=CONFIG, trains_policy=True):
     optimizer, _ = ppo.make_optimizer(actor_critic, config)
     torch.manual_seed(0)
-    return ppo.update(actor_critic, optimizer, experience, config, accelerator, trains_policy)
+    return ppo.update(actor_critic, optimizer, experience, config, accelerator, trains_policy)[0]
 
 
 def texts(input_ids, attention_mask):
@@ -74,6 +75,82 @@ def texts(input_ids, attention_mask):
 
 
 # what an update is made of
+
+
+@pytest.fixture
+def half_broken(experience):
+    """An experience of which one row's advantages are NaN: every epoch has one broken minibatch of its two."""
+    advantages = experience.advantages.clone()
+    advantages[5] = math.nan
+    return dataclasses.replace(experience, advantages=advantages)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(actor_critic, half_broken, accelerator):
+    optimizer, _ = ppo.make_optimizer(actor_critic, CONFIG)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    before = weights(actor_critic)
+    metrics, skipped = ppo.update(actor_critic, optimizer, half_broken, CONFIG, accelerator, True)
+    assert (len(steps), metrics["skipped_updates"], metrics["update_epochs"]) == (3, 3, 3)
+    assert skipped in (0, 1)  # whether the last step was the broken one
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert not same(actor_critic, before)
+    assert all(parameter.isfinite().all() for parameter in actor_critic.parameters())
+
+
+def test_nothing_moves_when_every_step_is_skipped(actor_critic, half_broken, accelerator):
+    config = dataclasses.replace(CONFIG, epochs=2, minibatches=1)
+    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    before = weights(actor_critic)
+    assert ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=1) == (
+        {"update_epochs": 2, "skipped_updates": 2}, 3,
+    )  # fmt: skip
+    assert same(actor_critic, before)
+    assert not optimizer.state
+
+
+def test_too_many_skipped_in_a_row_stop_the_run_and_name_the_tensor(actor_critic, half_broken, accelerator):
+    config = dataclasses.replace(CONFIG, epochs=1, minibatches=1)
+    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    with pytest.raises(FloatingPointError, match=r"6 optimiser steps in a row .*not finite here: loss, policy_loss\."):
+        ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=ppo.MOST_SKIPPED)
+
+
+def test_weights_that_are_not_finite_are_never_written(actor_critic, tokenizer, tmp_path):
+    with torch.no_grad():
+        actor_critic.critic.model.score.weight[0, 3] = math.inf
+    with pytest.raises(FloatingPointError, match=r"critic\.\S+ is not finite"):
+        ppo.save(actor_critic, tokenizer, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("target", "epochs"), [(None, 3), (1e9, 3), (0.0, 1)])
+def test_epochs_end_early_when_the_policy_has_moved_far(target, epochs, actor_critic, experience, accelerator):
+    optimizer, _ = ppo.make_optimizer(actor_critic, CONFIG)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    config = dataclasses.replace(CONFIG, target_kl=target)
+    metrics, _ = ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
+    assert (metrics["update_epochs"], len(steps)) == (epochs, 2 * epochs)
+
+
+def test_epochs_end_by_their_own_mean_not_by_the_rollouts(actor_critic, experience, accelerator):
+    """approx_kl grows from epoch to epoch: a target between the first and the second stops after the second."""
+    config = dataclasses.replace(CONFIG, epochs=1)
+    first = run_update(copy.deepcopy(actor_critic), experience, accelerator, config)["approx_kl"]
+    both = run_update(copy.deepcopy(actor_critic), experience, accelerator, dataclasses.replace(config, epochs=2))
+    second = 2 * both["approx_kl"] - first
+    assert second > 2 * first > 0
+    config = dataclasses.replace(CONFIG, epochs=5, target_kl=(first + second) / 3)  # 1.5 times it lies half-way
+    assert run_update(actor_critic, experience, accelerator, config)["update_epochs"] == 2
+
+
+def test_the_kl_coefficient_moves_only_when_it_is_to():
+    assert ppo.adapted(CONFIG, 50.0) is CONFIG
+    config = dataclasses.replace(CONFIG, kl_coef=0.15, adaptive_kl=6.0, rollout_batch=512)
+    assert ppo.adapted(config, 12.0).kl_coef == pytest.approx(0.151536)
+    assert ppo.adapted(config, 0.0).kl_coef == pytest.approx(0.148464)
+    assert dataclasses.replace(ppo.adapted(config, 0.0), kl_coef=0.15) == config
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 64])
@@ -145,9 +222,10 @@ def test_update_accumulates_the_gradient_of_the_whole_minibatch(actor_critic, ex
     optimizer, _ = ppo.make_optimizer(actor_critic, config)
     used = []
     optimizer.register_step_pre_hook(lambda *_: used.extend(p.grad.clone() for p in actor_critic.parameters()))
-    metrics = ppo.update(
+    metrics, skipped = ppo.update(
         actor_critic, optimizer, experience, dataclasses.replace(config, micro_batch=3), accelerator, True
     )
+    assert skipped == 0
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
     for ours, theirs in zip(used, gradients * 2, strict=True):

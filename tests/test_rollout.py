@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from pipeline.config import PPO, Adapter, Sampling
+from pipeline.config import PPO, Adapter, Sampling, UserError
 from pipeline.data import decode, preference_rows, text_ids
 from pipeline.models import ActorCritic, Critic, response_logprobs, with_adapter
 from pipeline.ppo import ppo_loss
@@ -280,6 +280,22 @@ def test_rows_of_an_experience_are_picked_together():
 
 
 # experience from models
+
+
+@pytest.mark.parametrize(
+    ("score", "says"),
+    [
+        (lambda ids, mask: torch.full((len(ids),), math.nan), "the score of response 0 is nan; .* finite number"),
+        (lambda ids, mask: torch.where(ids[:, -1] == PAD, 1.0, -math.inf), "the score of response [0-9] is -inf"),
+        (lambda ids, mask: ids.float(), r"gave shapes .*\(3, 8\).* for [0-9]+ responses; expected one number for each"),
+        (lambda ids, mask: torch.zeros(1), r"gave shapes \[\(1,\), .* expected one number for each"),
+        (lambda ids, mask: torch.zeros(()), r"gave shapes \[\(\), "),
+    ],
+)
+def test_a_score_that_is_no_number_per_response_is_refused(score, says):
+    actor_critic, reference, _ = given_forwards(0.0)
+    with pytest.raises(UserError, match=says):
+        to_experience(ROLLOUT, actor_critic, reference, score, CONFIG, identity)
 
 
 def test_the_reward_model_reads_the_very_ids_it_was_trained_on(policy, reward_model, tokenizer):
