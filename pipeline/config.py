@@ -242,6 +242,13 @@ class PPO:
     )
     missing_eos_score: float | None = dial(-1.0, "replaces the score of a response without EOS; none: keep the score")
     critic_warmup: int = dial(10, "first rollouts in which only the critic learns", low=0)
+    keep: str = dial(
+        "best", "the policy of the evaluation with the highest reward, or of the last rollout", choices=("best", "last")
+    )
+    kl_budget: float | None = dial(
+        None, "nats per response on validation prompts: above it the run stops and goes back to the best", low=0
+    )
+    collapse_alarm: bool = dial(True, "the same when entropy halves or the text repeats itself (docs/ppo.md)")
     eval_every: int = dial(10, "rollouts between evaluations on validation prompts", low=1)
     eval_prompts: int = dial(128, "validation prompts per evaluation", low=1)
 

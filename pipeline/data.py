@@ -115,6 +115,10 @@ def turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], opens_answer: bool) -> str:
     """The conversation through the chat template, names of special tokens in the messages quoted."""
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "a conversation was given to a tokenizer without a chat template: train it on conversations first"
+        )
     names = ["\ue000", *special_tokens(tokenizer)]
     special = re.compile("|".join(map(re.escape, names)))
     quoted = [

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Merge, UserError
-from pipeline.data import prompt_batch
+from pipeline.data import prompt_batch, with_chat_template
 from pipeline.formats import Text, read_rows
 from pipeline.models import load_tokenizer, merge_adapter, save_policy, without_dropout
 from pipeline.process import quiet, say
@@ -31,7 +31,9 @@ def train(config: Merge) -> Path:
         model = without_dropout(
             AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         )
-        prompts = [row["prompt"] for row in read_rows(config.probe_file, "prompt", PROBES, config.run.bad_rows)]
+        rows = read_rows(config.probe_file, "prompt", PROBES, config.run.bad_rows)
+        with_chat_template(tokenizer, rows)
+        prompts = [row["prompt"] for row in rows]
         before = probe(model.eval(), tokenizer, prompts)
         after = probe(merge_adapter(model), tokenizer, prompts)
         error = ((after - before).abs().max() / before.abs().max()).item()

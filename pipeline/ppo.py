@@ -11,17 +11,17 @@ over all micro-batches and processes of the optimiser step, so neither changes t
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ from pipeline.advantages import adapted_kl_coef, explained_variance, kl_k3
 from pipeline.config import PPO, UserError
 from pipeline.data import decode
 from pipeline.formats import Text, shown
+from pipeline.judges import duplicate_share, word_repetition
 from pipeline.losses import policy_loss, value_loss
 from pipeline.models import (
     ActorCritic,
@@ -52,6 +53,9 @@ from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import masked_mean, masked_sum
 
+EVALUATED = (
+    "score", "kl", "reward", "length", "eos_share", "entropy", "win_rate", "repetition", "duplicates",
+)  # fmt: skip
 MOST_SKIPPED = 5  # optimiser steps in a row without a finite gradient before the run is stopped
 
 
@@ -87,12 +91,13 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
             reduce=partial(accelerator.reduce, reduction="sum"),
         )  # fmt: skip
         evaluate = partial(evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, accelerator)
-
-        summary: dict[str, Any] = {}
+        history: list[Evaluation] = []
         skipped = 0  # optimiser steps in a row whose gradient was not finite
         for step in range(config.rollouts):
             if step % config.eval_every == 0:
-                summary = evaluation(stage, step, *evaluate(config))
+                history.append(evaluated(stage, step, evaluate(config, history), actor_critic, history))
+                if alarm(history, config):
+                    break
             started = time.monotonic()
             mine = next(batches)[accelerator.process_index :: accelerator.num_processes]
             with accelerator.autocast():
@@ -117,10 +122,10 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
                 score=f"{metrics['score']:+.2f}", kl=f"{metrics['kl']:.2f}", length=f"{metrics['length']:.0f}",
                 **{"tokens/s": f"{metrics['tokens_per_second']:,.0f}"},
             )  # fmt: skip
-        summary = evaluation(stage, config.rollouts, *evaluate(config))
-        say(f"ppo: validation score {summary['eval_score']:+.2f}, KL {summary['eval_kl']:.2f} nats per response")
-        trained = accelerator.unwrap_model(prepared)
-        return stage.finish(partial(save, trained, tokenizer), summary)
+        else:
+            history.append(evaluated(stage, config.rollouts, evaluate(config, history), actor_critic, history))
+        summary = keep(history, actor_critic, config)
+        return stage.finish(partial(save, actor_critic, tokenizer), summary)
 
 
 def make_reference(actor_critic: ActorCritic, accelerator: Accelerator) -> Forward:
@@ -295,6 +300,21 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
     return {name: float(value) for name, value in metrics.items()} | {"kl_coef": config.kl_coef}
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The policy at one rollout on the fixed validation prompts, and its weights if none before had a higher reward."""
+
+    step: int
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+    scores: Tensor  # (B,) of this process's share
+    weights: dict[str, Tensor] | None = None
+
+    @property
+    def reward(self) -> float:
+        return self.metrics["eval_reward"]
+
+
 def evaluate_policy(
     prompts: list[Text],
     policy: Policy,
@@ -302,8 +322,12 @@ def evaluate_policy(
     experience_of: Callable[..., Experience],
     accelerator: Accelerator,
     config: PPO,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics and samples on fixed held-out prompts with fixed noise; the training's random state is left untouched."""
+    history: Sequence[Evaluation],
+) -> Evaluation:
+    """Metrics and samples on fixed held-out prompts with fixed noise; the training's random state is left untouched.
+
+    The first evaluation is of the SFT policy itself, so its scores are what `eval_win_rate` compares with.
+    """
     share = prompts[accelerator.process_index :: accelerator.num_processes]
     share = share[: len(prompts) // accelerator.num_processes]
     with torch.random.fork_rng(), accelerator.autocast():
@@ -311,19 +335,73 @@ def evaluate_policy(
         experience = experience_of(generate(policy, tokenizer, share, config.sampling), config=config)
     metrics = rollout_metrics(experience, accelerator, config)
     texts = [decode(tokenizer, ids) for ids in experience.input_ids[:, -experience.size :].tolist()]
+    sft = history[0].scores if history else experience.scores
+    wins = (experience.scores > sft).float() + 0.5 * (experience.scores == sft).float()
+    tokens = accelerator.reduce(experience.response_mask.sum(), "sum")
+    surprise = accelerator.reduce(-masked_sum(experience.old_logprobs, experience.response_mask), "sum")
+    all_texts = gather_object(texts)
+    metrics |= {
+        "win_rate": accelerator.reduce(wins.mean(), "mean").item(),
+        "entropy": (surprise / tokens).item(),
+        "repetition": sum(map(word_repetition, all_texts)) / len(all_texts),
+        "duplicates": duplicate_share(all_texts),
+    }
     rows = zip(share, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)
     samples = [{"prompt": shown(p), "response": r, "score": round(s, 3), "kl": round(k, 2)} for p, r, s, k in rows]
-    names = ("score", "kl", "reward", "length", "eos_share")
-    return {f"eval_{name}": metrics[name] for name in names}, samples
+    return Evaluation(-1, {f"eval_{name}": metrics[name] for name in EVALUATED}, samples, experience.scores)
 
 
-def evaluation(stage: StageRun, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Logs an evaluation and eight of its samples; returns its metrics."""
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise FloatingPointError(f"ppo: evaluation at rollout {step} is not finite: {metrics}")
-    stage.log(step, metrics)
-    stage.sample([{"step": step, **row} for row in samples[:8]], step)
-    return dict(metrics)
+def evaluated(
+    stage: StageRun, step: int, found: Evaluation, actor_critic: ActorCritic, history: Sequence[Evaluation]
+) -> Evaluation:
+    """Logs an evaluation and eight of its samples; returns it with the weights when it is the best so far."""
+    if not all(math.isfinite(value) for value in found.metrics.values()):
+        raise FloatingPointError(f"ppo: evaluation at rollout {step} is not finite: {found.metrics}")
+    stage.log(step, found.metrics)
+    stage.sample([{"step": step, **row} for row in found.samples[:8]], step)
+    is_best = all(found.reward > before.reward for before in history)
+    trained = {name: p for name, p in actor_critic.named_parameters() if p.requires_grad} if is_best else None
+    weights = {name: p.detach().cpu().clone() for name, p in trained.items()} if trained is not None else None
+    return replace(found, step=step, weights=weights)
+
+
+def alarm(history: Sequence[Evaluation], config: PPO) -> str:
+    """What is wrong with the last evaluation, in words, or '': KL over its budget, or text that has collapsed.
+
+    Collapse, against the first evaluation, which is SFT's: entropy under a half, a word repetition of more than 1.5
+    times and 0.05, or a tenth more of the responses equal to another.
+    """
+    first, last = history[0].metrics, history[-1].metrics
+    if config.kl_budget is not None and last["eval_kl"] > config.kl_budget:
+        return f"KL is {last['eval_kl']:.1f} nats per response, kl_budget is {config.kl_budget:g}"
+    if not config.collapse_alarm:
+        return ""
+    for name, bound in (
+        ("repetition", max(1.5 * first["eval_repetition"], first["eval_repetition"] + 0.05)),
+        ("duplicates", first["eval_duplicates"] + 0.1),
+    ):
+        if last[f"eval_{name}"] > bound:
+            return f"{name} rose from {first[f'eval_{name}']:.3f} to {last[f'eval_{name}']:.3f}, above {bound:.3f}"
+    if last["eval_entropy"] < 0.5 * first["eval_entropy"]:
+        return f"entropy fell from {first['eval_entropy']:.2f} to {last['eval_entropy']:.2f} nats per token"
+    return ""
+
+
+def keep(history: Sequence[Evaluation], actor_critic: ActorCritic, config: PPO) -> dict[str, Any]:
+    """Puts the weights to be kept into the module and returns the metrics of their evaluation.
+
+    Those of the best evaluation by reward, or of the last rollout when `keep` says so and no alarm was raised.
+    """
+    wrong, last = alarm(history, config), history[-1]
+    kept = max(history, key=lambda found: found.reward) if wrong or config.keep == "best" else last
+    if wrong:
+        say(f"ppo: stopped at rollout {last.step}: {wrong}; back to rollout {kept.step}, the best so far")
+    if kept is not last:
+        assert kept.weights is not None
+        actor_critic.load_state_dict(kept.weights, strict=False)
+    score, kl = kept.metrics["eval_score"], kept.metrics["eval_kl"]
+    say(f"ppo: kept rollout {kept.step}: validation score {score:+.2f}, KL {kl:.2f} nats per response")
+    return {**kept.metrics, "kept_rollout": kept.step, "stopped": wrong}
 
 
 def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

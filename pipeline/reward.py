@@ -153,6 +153,7 @@ def held_out_accuracy(
     With the training `pairs` also a linear baseline fitted on them and tested on the same held-out pairs.
     """
     rows = read_rows(file, "pair", config.validation_rows, config.run.bad_rows)
+    with_chat_template(tokenizer, rows)
     tokens, _ = preference_rows(tokenizer, rows, 10**9, "error")
     chosen, rejected = (score_rows(model, tokenizer, tokens[side], config) for side in ("chosen_ids", "rejected_ids"))
     correct = pair_accuracy(chosen - rejected)

@@ -34,7 +34,7 @@ def train(config: SFT) -> Path:
             read(config.train_file, limit=config.train_rows),
             read(config.validation_file, limit=config.validation_rows),
         )
-        with_chat_template(tokenizer, train)
+        with_chat_template(tokenizer, [*train, *validation])
         rows, longer = completion_rows(tokenizer, train, config.max_tokens, config.too_long)
         held_out, _ = completion_rows(tokenizer, validation, config.max_tokens, config.too_long)
         say(f"sft: {len(rows):,} rows; {longer:,} were longer than {config.max_tokens} tokens ({config.too_long})")

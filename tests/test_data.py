@@ -244,6 +244,11 @@ def test_a_template_that_cannot_be_trained_on_is_refused(chars, template, says):
         turn_ids(templated(chars, template), TALK)
 
 
+def test_a_conversation_without_a_template_is_refused(chars):
+    with pytest.raises(DataError, match="to a tokenizer without a chat template"):
+        prompt_ids(chars, [TALK[:2]])
+
+
 def test_a_tokenizer_without_a_template_gets_one_only_for_conversations(chars, capsys):
     bare = copy.deepcopy(chars)
     with_chat_template(bare, [{"prompt": "a"}])

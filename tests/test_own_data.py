@@ -84,6 +84,16 @@ def test_the_template_is_given_once_and_the_first_row_shown_with_its_loss(runs, 
     assert "a cat.[[<eos>]]" in " ".join(printed["reward"].split())
 
 
+def test_rows_of_text_are_validated_on_conversations(runs, tmp_path):
+    """The template is there for whoever needs it, training rows or validation rows."""
+    (tmp_path / "text.jsonl").write_text('{"prompt": "Is it?", "completion": " Yes."}\n' * 20)
+    (tmp_path / "talk.jsonl").write_text(json.dumps(pair("cat", 1)) + "\n")
+    argv = ["--config", str(ROOT / "configs/own/sft.yaml"), "--runs", str(tmp_path), "--report_to", "none"]
+    argv += ["--base", str(runs / "own/pretrain/final"), "--precision", "fp32", *SMALL["sft"].split()]
+    argv += ["--train_file", f"{tmp_path}/text.jsonl", "--validation_file", f"{tmp_path}/talk.jsonl"]
+    assert AutoTokenizer.from_pretrained(sft.train(parse(SFT, argv))).chat_template == TRANSCRIPT
+
+
 def test_the_merged_model_answers_through_its_template(runs):
     final = runs / "own/merge/final"
     tokenizer, model = AutoTokenizer.from_pretrained(final), AutoModelForCausalLM.from_pretrained(final)

@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 
 from pipeline import ppo, pretrain, reward, sft
 from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Reward, Run, Sampling
-from pipeline.models import ActorCritic, Critic, frozen, load_reward_model, response_logprobs, with_adapter
+from pipeline.models import (
+    ActorCritic,
+    Critic,
+    frozen,
+    load_language_model,
+    load_reward_model,
+    response_logprobs,
+    with_adapter,
+)
 from pipeline.rollout import generate, to_experience
 from pipeline.run import read_done
 from pipeline.scoring import reward_model_scores
@@ -508,11 +516,77 @@ def test_the_stage_trains_from_its_parents(adapter, parents, tmp_path):
     assert rollouts[2]["kl"] != 0
     done = read_done(final)
     assert set(done["parents"]) == {"sft", "reward"}
-    assert done["metrics"] == {k: v for k, v in evaluations[-1].items() if k != "step"}
+    best = max(evaluations, key=lambda row: row["eval_reward"])
+    expected = {k: v for k, v in best.items() if k != "step"} | {"kept_rollout": best["step"], "stopped": ""}
+    assert done["metrics"] == expected
     critic, before = load_reward_model(final / "critic"), load_reward_model(parents / "runs/tiny/reward/final")
-    assert critic.config.score_shift != before.config.score_shift
-    assert not same(critic, weights(before))
+    assert (critic.config.score_shift == before.config.score_shift) == (best["step"] == 0)
+    assert same(critic, weights(before)) == (best["step"] == 0)
     assert len((final.parent / "samples.jsonl").read_text().splitlines()) == 3 * 6
+
+
+def test_the_best_policy_is_kept_or_the_last(parents, tmp_path):
+    """A score that falls with every call: SFT's own weights are the best, and what `last` keeps is something else."""
+    sft = load_language_model(parents / "runs/tiny/sft/final").state_dict()
+    calls = itertools.count()
+
+    def worse_and_worse(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(ids),), -1.0 - next(calls))
+
+    kept = {}
+    for name in ("best", "last"):
+        adapter = Adapter(adapter="none")
+        final = ppo.train(stage_config(parents, tmp_path / name, adapter=adapter, keep=name), worse_and_worse)
+        weights_now = load_file(final / "model.safetensors")
+        kept[name] = all(torch.equal(weights_now[key], sft[key]) for key in weights_now)
+        assert read_done(final)["metrics"]["kept_rollout"] == {"best": 0, "last": 4}[name]
+    assert kept == {"best": True, "last": False}
+
+
+def test_a_run_over_its_kl_budget_stops_and_goes_back(parents, tmp_path, capsys):
+    config = stage_config(parents, tmp_path, rollouts=9, learning_rate=0.3, kl_budget=0.01, keep="last")
+    final = ppo.train(config)
+    evaluations = [row for row in logged(final) if "eval_kl" in row]
+    stopped = evaluations[-1]
+    assert stopped["eval_kl"] > 0.01 >= max(row["eval_kl"] for row in evaluations[:-1])
+    assert stopped["step"] < 9
+    metrics = read_done(final)["metrics"]
+    assert metrics["stopped"] == f"KL is {stopped['eval_kl']:.1f} nats per response, kl_budget is 0.01"
+    assert metrics["kept_rollout"] == max(evaluations, key=lambda row: row["eval_reward"])["step"]
+    assert f"stopped at rollout {stopped['step']}: KL is" in " ".join(capsys.readouterr().out.split())
+
+
+def evaluation_with(**metrics):
+    found = {f"eval_{name}": 0.0 for name in ppo.EVALUATED} | {"eval_entropy": 4.0, "eval_repetition": 0.2}
+    return ppo.Evaluation(0, found | {f"eval_{name}": value for name, value in metrics.items()}, [], torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says"),
+    [
+        ({}, ""),
+        ({"entropy": 2.1, "repetition": 0.29, "duplicates": 0.09, "kl": 9.9}, ""),
+        ({"kl": 10.1}, "KL is 10.1 nats per response, kl_budget is 10"),
+        ({"entropy": 1.9}, "entropy fell from 4.00 to 1.90 nats per token"),
+        ({"repetition": 0.31}, "repetition rose from 0.200 to 0.310, above 0.300"),
+        ({"duplicates": 0.11}, "duplicates rose from 0.000 to 0.110, above 0.100"),
+    ],
+)
+def test_the_alarm_names_what_it_saw(metrics, says):
+    config = dataclasses.replace(CONFIG, kl_budget=10.0)
+    assert ppo.alarm([evaluation_with(), evaluation_with(**metrics)], config) == says
+    silent = dataclasses.replace(CONFIG, collapse_alarm=False)
+    assert ppo.alarm([evaluation_with(), evaluation_with(**metrics)], silent) == ""
+
+
+def test_evaluations_compare_with_sft_on_the_same_prompts(parents, tmp_path):
+    """A score that grows with every call: later evaluations win every pair, the first ties with itself."""
+    calls = itertools.count()
+    score = lambda ids, mask: torch.full((len(ids),), float(next(calls)))  # noqa: E731
+    rows = [row for row in logged(ppo.train(stage_config(parents, tmp_path), score)) if "eval_kl" in row]
+    assert [row["eval_win_rate"] for row in rows] == [0.5, 1.0, 1.0]
+    assert all(0 <= row["eval_repetition"] < 1 and 0 <= row["eval_duplicates"] < 1 for row in rows)
+    assert all(0 < row["eval_entropy"] < math.log(100) for row in rows)
 
 
 def test_evaluating_changes_nothing_but_the_log(parents, tmp_path):
