@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help venv install data lint types test test-min $(STAGES) chat run evidence clean
+.PHONY: help venv install data lint types test test-min mutants $(STAGES) chat run evidence clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,10 @@ test: install data ## all tests
 test-min: data $(MIN)/.installed ## the smoke chain with the oldest supported packages, in .venv-min
 	@echo "test-min: pytest tests/test_stages.py with requirements-min.txt"
 	@$(MIN)/bin/python -m pytest tests/test_stages.py -q $(ARGS)
+
+mutants: install data ## plant bugs one at a time and see whether the tests notice (10 minutes)
+	@echo "mutants: tests/mutants.py $(ARGS)"
+	@$(BIN)/python tests/mutants.py $(ARGS)
 
 pretrain: ## stage 1: raw text -> language model
 sft:      ## stage 2: demonstrations -> supervised policy

@@ -119,7 +119,6 @@ def generate(
     )
     length, has_eos = response_length(responses, tokenizer.eos_token_id)
     mask = response_mask(length, sampling.max_new_tokens)
-    responses = responses.masked_fill(~mask, tokenizer.pad_token_id)
     return Rollout(torch.cat([ids, responses], 1), torch.cat([prompt_mask, mask], 1), mask, length, has_eos)
 
 

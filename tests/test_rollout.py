@@ -93,6 +93,16 @@ def test_a_rollout_that_ends_early_is_as_wide_as_any(make_model, tokenizer):
     assert rollout.responses.tolist() == [[EOS] + [PAD] * 10] * 8
 
 
+def test_dropout_is_off_while_sampling(make_model, tokenizer):
+    """A policy in training mode with dropout samples what it samples in eval mode, and stays in training mode."""
+    policy = make_model("gpt2", dropout=0.5)
+    torch.manual_seed(1)
+    expected = generate(policy.eval(), tokenizer, PROMPTS, SAMPLING)
+    torch.manual_seed(1)
+    assert torch.equal(generate(policy.train(), tokenizer, PROMPTS, SAMPLING).input_ids, expected.input_ids)
+    assert policy.training
+
+
 def test_generation_leaves_the_mode_and_samples_from_the_adapter(policy, tokenizer):
     before = sample(policy, tokenizer).input_ids
     adapted = with_adapter(policy, Adapter(adapter="lora")).train()
