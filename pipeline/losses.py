@@ -48,7 +48,7 @@ def policy_loss(
     statistics = {
         "ratio": ratio.detach(),
         "approx_kl": 0.5 * log_ratio.detach().square(),
-        "clipped": bound.detach() > free.detach(),
+        "clipped": bound > free,
     }
     return torch.maximum(free, bound), statistics
 
@@ -66,4 +66,4 @@ def value_loss(
     returns = torch.where(mask, returns, 0)
     free = (values - returns).square()
     bound = (values.clamp(old_values - clip, old_values + clip) - returns).square()
-    return 0.5 * torch.maximum(free, bound), {"clipped": bound.detach() > free.detach()}
+    return 0.5 * torch.maximum(free, bound), {"clipped": bound > free}

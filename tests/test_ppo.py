@@ -16,6 +16,7 @@ from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Rew
 from pipeline.models import (
     ActorCritic,
     Critic,
+    ModelError,
     frozen,
     load_language_model,
     load_reward_model,
@@ -122,6 +123,12 @@ def test_too_many_skipped_in_a_row_stop_the_run_and_name_the_tensor(actor_critic
     optimizer, _ = ppo.make_optimizer(actor_critic, config)
     with pytest.raises(FloatingPointError, match=r"6 optimiser steps in a row .*not finite here: loss, policy_loss\."):
         ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=ppo.MOST_SKIPPED)
+
+
+def test_five_skipped_in_a_row_are_not_yet_too_many(actor_critic, half_broken, accelerator):
+    config = dataclasses.replace(CONFIG, epochs=1, minibatches=1)
+    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    assert ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=4)[1] == 5
 
 
 def test_weights_that_are_not_finite_are_never_written(actor_critic, tokenizer, tmp_path):
@@ -522,7 +529,17 @@ def test_the_stage_trains_from_its_parents(adapter, parents, tmp_path):
     critic, before = load_reward_model(final / "critic"), load_reward_model(parents / "runs/tiny/reward/final")
     assert (critic.config.score_shift == before.config.score_shift) == (best["step"] == 0)
     assert same(critic, weights(before)) == (best["step"] == 0)
-    assert len((final.parent / "samples.jsonl").read_text().splitlines()) == 3 * 6
+    samples = [json.loads(line) for line in (final.parent / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 * 6
+    for row in evaluations:
+        mine = [sample for sample in samples if sample["step"] == row["step"]]
+        assert sum(sample["kl"] for sample in mine) / 6 == pytest.approx(row["eval_kl"], abs=0.006)
+        assert sum(sample["score"] for sample in mine) / 6 == pytest.approx(row["eval_score"], abs=0.001)
+    for line in (final.parent / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "seconds" in row:
+            assert row["tokens_per_second"] == pytest.approx(row["length"] * 8 / row["seconds"], rel=0.2)
+            assert 0 < row["sampling_seconds"] < row["seconds"]
 
 
 def test_the_best_policy_is_kept_or_the_last(parents, tmp_path):
@@ -579,6 +596,33 @@ def test_the_alarm_names_what_it_saw(metrics, says):
     assert ppo.alarm([evaluation_with(), evaluation_with(**metrics)], silent) == ""
 
 
+def test_little_repetition_may_grow_by_a_twentieth():
+    first = evaluation_with(repetition=0.02)
+    assert ppo.alarm([first, evaluation_with(repetition=0.069)], CONFIG) == ""
+    assert "above 0.070" in ppo.alarm([first, evaluation_with(repetition=0.071)], CONFIG)
+
+
+def test_of_equal_rewards_the_first_is_the_best(actor_critic, tmp_path):
+    class Silent:
+        def log(self, *_):
+            pass
+
+        sample = log
+
+    history = []
+    for value in (1.0, 1.0, 2.0, 1.5):
+        history.append(ppo.evaluated(Silent(), len(history), evaluation_with(reward=value), actor_critic, history))
+    assert [found.weights is not None for found in history] == [True, False, True, False]
+
+
+def test_every_prompt_of_a_batch_is_answered(parents, tmp_path, monkeypatch):
+    asked = []
+    real = ppo.generate
+    monkeypatch.setattr(ppo, "generate", lambda *given: (asked.append(len(given[2])), real(*given))[1])
+    ppo.train(stage_config(parents, tmp_path, rollouts=2))
+    assert asked == [6, 8, 8, 6]  # an evaluation, two rollouts, an evaluation
+
+
 def test_evaluations_compare_with_sft_on_the_same_prompts(parents, tmp_path):
     """A score that grows with every call: later evaluations win every pair, the first ties with itself."""
     calls = itertools.count()
@@ -598,6 +642,17 @@ def test_evaluating_changes_nothing_but_the_log(parents, tmp_path):
     first, second, third, _ = (row for row in often if "eval_kl" in row)
     assert first | {"step": 1} == second  # the policy stood still, and the noise is the same
     assert second != third | {"step": 1}
+
+
+def test_rows_that_do_not_fit_into_the_context_are_refused(parents, tmp_path):
+    sampling = Sampling(max_new_tokens=33, max_prompt_tokens=16)
+    with pytest.raises(ModelError, match="context is 48 tokens, rows may have 49"):
+        ppo.train(stage_config(parents, tmp_path, sampling=sampling))
+
+
+def test_eight_samples_of_an_evaluation_are_kept(parents, tmp_path):
+    final = ppo.train(stage_config(parents, tmp_path, rollouts=2, eval_prompts=12))
+    assert len((final.parent / "samples.jsonl").read_text().splitlines()) == 2 * 8
 
 
 def test_a_batch_that_does_not_divide_is_refused(parents, tmp_path):

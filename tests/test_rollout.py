@@ -9,8 +9,9 @@ from pipeline.config import PPO, Adapter, Sampling, UserError
 from pipeline.data import decode, preference_rows, text_ids
 from pipeline.models import ActorCritic, Critic, response_logprobs, with_adapter
 from pipeline.ppo import ppo_loss
-from pipeline.rollout import Experience, Rollout, generate, to_experience
+from pipeline.rollout import Experience, Rollout, generate, read_prompts, to_experience
 from pipeline.scoring import reward_model_scores
+from pipeline.sources import DataError
 from pipeline.tensors import identity
 
 PAD, BOS, EOS = 0, 1, 2
@@ -91,6 +92,39 @@ def test_a_rollout_that_ends_early_is_as_wide_as_any(make_model, tokenizer):
     rollout = sample(make_model("gpt2", lean=(EOS, 50.0)), tokenizer)
     assert rollout.length.tolist() == [1] * 8
     assert rollout.responses.tolist() == [[EOS] + [PAD] * 10] * 8
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    """Prompts of 4, 7 and 10 tokens with their bos."""
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("cat", "so tea", "a hat on a")))
+    return str(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("long_prompts", "most", "kept", "says"),
+    [
+        ("cut", 11, 3, ""), ("drop", 11, 3, ""), ("error", 11, 3, ""),
+        ("cut", 7, 3, "1 of 3 prompts are longer than 7 tokens (cut)"),
+        ("drop", 7, 2, "1 of 3 prompts are longer than 7 tokens (drop)"),
+        ("cut", 3, 3, "3 of 3 prompts are longer than 3 tokens (cut)"),
+    ],
+)  # fmt: skip
+def test_long_prompts_are_cut_or_left_out_and_counted(long_prompts, most, kept, says, prompt_file, tokenizer, capsys):
+    config = PPO(sampling=Sampling(max_prompt_tokens=most, long_prompts=long_prompts))
+    texts = ["cat", "so tea", "a hat on a"]
+    assert read_prompts(prompt_file, 0, tokenizer, config) == texts[:kept]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(says)
+    assert bool(said) == bool(says)
+    assert read_prompts(prompt_file, 1, tokenizer, config) == texts[:1]
+
+
+@pytest.mark.parametrize(("long_prompts", "most"), [("error", 9), ("drop", 3)])
+def test_long_prompts_are_refused(long_prompts, most, prompt_file, tokenizer):
+    config = PPO(sampling=Sampling(max_prompt_tokens=most, long_prompts=long_prompts))
+    with pytest.raises(DataError, match=r"p\.jsonl: . of 3 prompts are longer than . tokens: raise max_prompt_tokens"):
+        read_prompts(prompt_file, 0, tokenizer, config)
 
 
 def test_dropout_is_off_while_sampling(make_model, tokenizer):
