@@ -8,9 +8,6 @@ metrics.jsonl is drawn into docs/curves/<name>.png.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from seeds import run
 
 ILL: dict[str, dict[str, object]] = {
     "healthy": {},
@@ -37,20 +35,10 @@ PANELS = {
 }
 
 
-def run(name: str, runs: Path, jobs: int) -> Path:
+def variant(name: str, runs: Path, jobs: int) -> Path:
     """Trains one variant unless it is finished, and returns its folder."""
-    out = runs / "curves" / name
-    arguments = {"runs": out, "sft": runs / "imdb/sft/final", "reward": runs / "imdb/reward/final", "report_to": "none"}
-    command = [
-        sys.executable,
-        "stages/ppo.py",
-        *(f"--{dial}={value}" for dial, value in (arguments | ILL[name]).items()),
-    ]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "log.txt").open("a", encoding="utf-8") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | threads)
-    return out / "imdb" / "ppo"
+    parents = {"sft": runs / "imdb/sft/final", "reward": runs / "imdb/reward/final"}
+    return run("ppo", "imdb", 0, runs / "curves" / name, jobs, **parents, **ILL[name])
 
 
 def series(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -85,7 +73,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="variants run side by side, sharing the cores")
     given = parser.parse_args()
     with ThreadPoolExecutor(given.jobs) as pool:
-        folders = dict(zip(ILL, pool.map(lambda name: run(name, given.runs, given.jobs), ILL), strict=True))
+        folders = dict(zip(ILL, pool.map(lambda name: variant(name, given.runs, given.jobs), ILL), strict=True))
     for name, folder in folders.items():
         draw(name, folder, folders["healthy"], Path("docs/curves"))
         last = {metric: values[-1][1] for metric, values in series(folder).items()}

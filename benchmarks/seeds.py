@@ -25,14 +25,14 @@ from pipeline.report import TITLES, bounds, interval, markdown_table
 CHAIN = ("pretrain", "sft", "reward", "ppo", "merge", "evaluate")
 
 
-def run(stage: str, recipe: str, seed: int, runs: Path, jobs: int, **paths: Path) -> Path:
+def run(stage: str, recipe: str, seed: int, runs: Path, jobs: int, **dials: object) -> Path:
     """Runs a stage for one seed and returns its folder; its output goes to a log beside the runs."""
     arguments = {
         "config": Path("configs") / recipe / f"{stage}.yaml",
         "runs": runs,
         "seed": seed,
         "report_to": "none",
-    } | paths
+    } | dials
     command = [sys.executable, f"stages/{stage}.py", *(f"--{name}={value}" for name, value in arguments.items())]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     runs.mkdir(parents=True, exist_ok=True)

@@ -32,11 +32,11 @@ def talk(config: Chat) -> None:
         room = getattr(model.config, "max_position_embeddings", 10**9) - sampling.max_new_tokens
         check_model(base_of(model), tokenizer, sampling.max_new_tokens + 1, paths[name])
         sampling = replace(sampling, max_prompt_tokens=min(room, sampling.max_prompt_tokens))
-    said: dict[str, Text] = {}
     if config.prompt:
-        said = answer(config.prompt, said, models, tokenizer, sampling, config.run.seed)
+        answer(config.prompt, {}, models, tokenizer, sampling, config.run.seed)
         return
     console.print(HELP)
+    said: dict[str, Text] = {}
     while prompt := console.input("> ").rstrip():
         said = {} if prompt == "/new" else answer(prompt, said, models, tokenizer, sampling, config.run.seed)
 

@@ -156,11 +156,7 @@ class SFT:
     train_file: str = dial(
         "data/imdb/sft/train.jsonl", "`prompt` + `completion`, `messages`, or pairs: " + SOURCES, place=True
     )
-    validation_file: str = dial(
-        "data/imdb/sft/validation.jsonl",
-        "`prompt` + `completion`, `messages`, or pairs: " + SOURCES,
-        place=True,
-    )
+    validation_file: str = dial("data/imdb/sft/validation.jsonl", "rows as in train_file", place=True)
     train_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     validation_rows: int = dial(0, "use the first n rows; 0: all", low=0)
     max_tokens: int = dial(128, "longest prompt + completion + EOS", low=4)

@@ -88,18 +88,19 @@ def turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
     """
     pieces: list[tuple[list[int], bool]] = []
     rendered, carried = "", list[int]()
+    names = quotable(tokenizer)
     for end in range(len(messages) + 1):
         answers = end < len(messages) and messages[end]["role"] == "assistant"
         if not answers and (end < len(messages) or messages[-1]["role"] == "assistant"):
             continue
         for upto, is_answer in ((end, False), (end + 1, True))[: 1 + answers]:
-            text = render(tokenizer, messages[:upto], opens_answer=not is_answer)
+            text = render(tokenizer, messages[:upto], names, opens_answer=not is_answer)
             if not text.startswith(rendered):
                 raise DataError(
                     "the tokenizer's chat template renders a conversation otherwise when it goes on, so its turns "
                     "cannot be told apart; set chat_template in the tokenizer to one that does not"
                 )
-            ids = carried + quoted_ids(tokenizer, text[len(rendered) :])
+            ids = carried + quoted_ids(tokenizer, text[len(rendered) :], names)
             rendered, carried = text, []
             if is_answer:
                 if tokenizer.eos_token_id not in ids:
@@ -113,13 +114,14 @@ def turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
     return pieces
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], opens_answer: bool) -> str:
-    """The conversation through the chat template, names of special tokens in the messages quoted."""
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], names: Sequence[str], opens_answer: bool
+) -> str:
+    """The conversation through the chat template, the given names of special tokens in the messages quoted."""
     if tokenizer.chat_template is None:
         raise DataError(
             "a conversation was given to a tokenizer without a chat template: train it on conversations first"
         )
-    names = ["\ue000", *special_tokens(tokenizer)]
     special = re.compile("|".join(map(re.escape, names)))
     quoted = [
         message | {"content": special.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", message["content"])}
@@ -134,9 +136,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], open
     return text
 
 
-def quoted_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+def quoted_ids(tokenizer: PreTrainedTokenizerBase, rendered: str, names: Sequence[str]) -> list[int]:
     """Ids of rendered text: special tokens of the template are read, those quoted from the messages are not."""
-    names = ["\ue000", *special_tokens(tokenizer)]
     pieces = QUOTED.split(rendered)
     ids = list[int]()
     for number, piece in enumerate(pieces):
@@ -147,9 +148,10 @@ def quoted_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
     return ids
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Names of the tokenizer's special tokens, longest first."""
-    return sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len)[::-1]
+def quotable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is quoted in messages: the mark of a quotation itself, and the special tokens' names, longest first."""
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return ["\ue000", *sorted(names, key=len)[::-1]]
 
 
 def joined(pieces: Iterable[tuple[list[int], bool]]) -> list[int]:

@@ -204,7 +204,7 @@ def update(
                 skipped = 0
                 step |= {"grad_norm": norm / accelerator.num_processes}
                 for name, value in step.items():
-                    statistics.setdefault(name, []).append(value.detach())
+                    statistics.setdefault(name, []).append(value)
             else:
                 skips, skipped = skips + 1, skipped + 1
                 if skipped > MOST_SKIPPED:
