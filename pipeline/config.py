@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import yaml
 
 SOURCES = "file, folder or hub dataset, or several (docs/data.md)"
+JUDGED = "`text`, `label` (positive or negative), seen by no stage; empty: sentiment is not judged"
 
 
 class UserError(ValueError):
@@ -237,6 +238,12 @@ class PPO:
         None, "scores beyond +-this are cut to it, in reward units: enough is enough; none: they are not", low=0
     )
     missing_eos_score: float | None = dial(-1.0, "replaces the score of a response without EOS; none: keep the score")
+    critic: str = dial(
+        "reward",
+        "state values: from a model of their own, made from the reward model or from sft, or from a head on the "
+        "policy's trunk (one forward for both; critic_learning_rate is then the head's)",
+        choices=("reward", "sft", "head"),
+    )
     critic_warmup: int = dial(10, "first rollouts in which only the critic learns", low=0)
     keep: str = dial(
         "best", "the policy of the evaluation with the highest reward, or of the last rollout", choices=("best", "last")
@@ -247,6 +254,9 @@ class PPO:
     collapse_alarm: bool = dial(True, "the same when entropy halves or the text repeats itself (docs/ppo.md)")
     eval_every: int = dial(10, "rollouts between evaluations on validation prompts", low=1)
     eval_prompts: int = dial(128, "validation prompts per evaluation", low=1)
+    judge_file: str = dial(
+        "", "judges of sentiment in the evaluations, one fitted to these rows: " + JUDGED, place=True
+    )
 
     def check(self) -> None:
         if self.critic_warmup >= self.rollouts:
@@ -286,9 +296,7 @@ class Evaluate:
         "data/imdb/ppo/test.jsonl", "held-out `prompt`, `messages`, or pairs: " + SOURCES, place=True
     )
     judge_file: str = dial(
-        "data/imdb/judge/train.jsonl",
-        "rows with `text`, `label` (positive or negative) that no stage has seen; empty: sentiment is not judged",
-        place=True,
+        "data/imdb/judge/train.jsonl", "the second judge is fitted to these rows: " + JUDGED, place=True
     )
     prompts: int = dial(1000, "how many prompts", low=2)
     batch_size: int = dial(128, "sequences per forward", low=1)

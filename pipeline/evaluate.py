@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config import Evaluate, Sampling, UserError
+from pipeline.config import Evaluate, Sampling
 from pipeline.data import decode
-from pipeline.formats import Text, read_rows, shown
+from pipeline.formats import Text, shown
 from pipeline.judges import (
     Classifier,
     Vader,
-    fit_classifier,
     length_controlled_difference,
     mean_ci,
     paired_difference_ci,
@@ -39,9 +38,7 @@ from pipeline.process import new_accelerator, quiet
 from pipeline.report import show, write
 from pipeline.rollout import Rollout, generate, read_prompts
 from pipeline.run import StageRun
-from pipeline.scoring import reward_model_scores
-
-LABELS = {"negative": 0, "positive": 1}
+from pipeline.scoring import fitted_judge, reward_model_scores
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def train(config: Evaluate) -> Path:
     with stage:
         tokenizer = same_tokenizer({"sft": paths["sft"], **paths, "reward": reward})
         prompts = read_prompts(config.prompts_file, config.prompts, tokenizer, config)
-        classifier = judge(config.judge_file, config.run.seed) if config.judge_file else None
+        classifier = fitted_judge(config.judge_file, config.run.seed) if config.judge_file else None
         measured = measure(prompts, tokenizer, paths, reward, classifier, config, stage)
         asked = [shown(prompt) for prompt in prompts]
         report = compare(measured, asked, classifier)
@@ -94,16 +91,6 @@ def train(config: Evaluate) -> Path:
         final = stage.finish(partial(write, report, rows[: config.show]), headline(report))
     show(report, final, paths["ppo"])
     return final
-
-
-def judge(file: str, seed: int) -> Classifier:
-    """The second judge, fitted to human labels that no training stage has seen."""
-    rows = read_rows(file, "text")
-    groups = [row["key"] for row in rows] if all("key" in row for row in rows) else None
-    for row in rows:
-        if row.get("label") not in LABELS:
-            raise UserError(f"{file}: label: expected {' or '.join(LABELS)}, got {row.get('label')!r:.40}")
-    return fit_classifier([row["text"] for row in rows], [LABELS[row["label"]] for row in rows], seed, groups)
 
 
 def measure(

@@ -195,11 +195,15 @@ def loaded(kind: Any, path: str | Path) -> tuple[PreTrainedModel, dict[str, Any]
 def load_language_model(path: str | Path) -> PreTrainedModel:
     """A causal language model in fp32, without dropout; an adapter saved in the same directory is merged into it.
 
-    Raises ModelError for a checkpoint that lacks weights: transformers would draw them at random.
+    Raises ModelError for a checkpoint that lacks weights, which transformers would draw at random, or that has a head
+    of another kind, which it would drop: a reward model or critic with tied embeddings loads as a policy otherwise.
     """
     model, info = loaded(AutoModelForCausalLM, path)
     if info["missing_keys"]:
         raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
+    heads = [name for name in sorted(info["unexpected_keys"]) if not name.startswith(f"{model.base_model_prefix}.")]
+    if heads:
+        raise ModelError(f"{path}: not a language model: it has a head that would not be used: {', '.join(heads[:5])}")
     return without_dropout(merge_adapter(model))
 
 
@@ -276,19 +280,25 @@ def frozen(model: Model) -> Model:
     return model.eval()
 
 
-def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A sequence classifier with one label on a language model's trunk, its head drawn from N(0, 1/(d+1)).
-
-    The head's scale is that of Stiennon et al. (arXiv 2009.01325); its score starts near unit variance.
-    """
-    language_model = load_language_model(path)
+def new_classifier(language_model: PreTrainedModel, pad_id: int) -> PreTrainedModel:
+    """A sequence classifier with one label on a copy of the language model's trunk; its head is zero, its shift too."""
     config = copy.deepcopy(language_model.config)
-    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    config.num_labels, config.pad_token_id = 1, pad_id
     config.score_shift = 0.0
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     model.base_model.load_state_dict(language_model.base_model.state_dict())
-    nn.init.normal_(model.score.weight, std=(config.hidden_size + 1) ** -0.5)
+    nn.init.zeros_(head_weight(model))
     return without_dropout(model)
+
+
+def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A language model's classifier with its head drawn from N(0, 1/(d+1)).
+
+    The head's scale is that of Stiennon et al. (arXiv 2009.01325); its score starts near unit variance.
+    """
+    model = new_classifier(load_language_model(path), tokenizer.pad_token_id)
+    nn.init.normal_(head_weight(model), std=(model.config.hidden_size + 1) ** -0.5)
+    return model
 
 
 def load_reward_model(path: str | Path) -> PreTrainedModel:
@@ -322,15 +332,16 @@ def head_outputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 class Critic(nn.Module):
-    """State values of a backbone of its own, started from the reward model (Ouyang et al., arXiv 2203.02155, C.4).
+    """State values of a backbone of its own, started from a classifier: the reward model (Ouyang et al., arXiv
+    2203.02155, C.4), or the SFT policy under a head of zeros.
 
-    `shift` starts as the reward model's and is trained: the value head's bias, negated.
+    `shift` starts as the classifier's and is trained: the value head's bias, negated.
     """
 
-    def __init__(self, reward_model: PreTrainedModel) -> None:
+    def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
-        self.model = copy.deepcopy(reward_model).requires_grad_(True)
-        self.shift = nn.Parameter(torch.tensor(float(reward_model.config.score_shift)))
+        self.model = copy.deepcopy(classifier).requires_grad_(True)
+        self.shift = nn.Parameter(torch.tensor(float(classifier.config.score_shift)))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values (B, S) of the states after each token."""
@@ -341,40 +352,85 @@ class Critic(nn.Module):
         self.model.save_pretrained(folder)
 
 
+class ValueHead(nn.Linear):
+    """State values as a linear function of the policy's own last hidden states, zero at first (Ziegler et al., arXiv
+    1909.08593): one trunk, one forward, and the value loss trains the policy's trunk too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values (B, T) fp32 of hidden states (B, T, d)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float()).squeeze(-1)
+
+    @torch.no_grad()
+    def save(self, folder: Path, policy: Policy, pad_id: int) -> None:
+        """Writes the classifier that gives these values, trunk included: it is the policy's, an adapter merged."""
+        classifier = new_classifier(merge_adapter(copy.deepcopy(base_of(policy))), pad_id)
+        head_weight(classifier).copy_(self.weight)
+        classifier.config.score_shift = -self.bias.item()
+        classifier.save_pretrained(folder)
+
+
 class ActorCritic(nn.Module):
     """All that PPO trains, as one module: policy and critic, one forward, one optimiser."""
 
-    def __init__(self, policy: Policy, critic: Critic, temperature: float, pad_id: int) -> None:
+    def __init__(self, policy: Policy, critic: Critic | ValueHead, temperature: float, pad_id: int) -> None:
         super().__init__()
         self.policy, self.critic = policy, critic
         self.temperature, self.pad_id = temperature, pad_id
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, size: int, trains_policy: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, entropies and values, each (B, T), of the last T = size tokens of (B, S) rows.
 
-        values[:, t] is read before token t is emitted, as the log-probability of token t is.
+        values[:, t] is read before token t is emitted, as the log-probability of token t is. Without `trains_policy`
+        the values have no gradient in the policy's trunk.
         """
-        logprobs, entropies = response_logprobs(
-            self.policy, input_ids, attention_mask, size, self.temperature, self.pad_id
-        )
+        rows = (input_ids, attention_mask, size, self.temperature, self.pad_id)
+        if isinstance(self.critic, ValueHead):
+            logprobs, entropies, hidden = response_logprobs(self.policy, *rows, with_hidden=True)
+            return logprobs, entropies, self.critic(hidden if trains_policy else hidden.detach())
+        logprobs, entropies = response_logprobs(self.policy, *rows)
         return logprobs, entropies, self.critic(input_ids, attention_mask)[:, -size - 1 : -1]
+
+    def save_critic(self, folder: Path) -> None:
+        """A directory from which `load_reward_model` gives these values."""
+        if isinstance(self.critic, ValueHead):
+            self.critic.save(folder, self.policy, self.pad_id)
+        else:
+            self.critic.save(folder)
 
 
 def response_logprobs(
-    model: Policy, input_ids: Tensor, attention_mask: Tensor, size: int, temperature: float, pad_id: int
-) -> tuple[Tensor, Tensor]:
+    model: Policy,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    size: int,
+    temperature: float,
+    pad_id: int,
+    with_hidden: bool = False,
+) -> tuple[Tensor, ...]:
     """Log-probabilities and entropies (B, T), in nats, of the last T = size tokens at the sampling temperature.
 
     input_ids (B, S), attention_mask (B, S) boolean. The padding token is left out of the distribution, as in sampling.
+    `with_hidden` gives a third: the trunk's last states (B, T, d), each the one from which its token is predicted.
     """
-    logits = model(
+    output = model(
         input_ids=input_ids.masked_fill(~attention_mask, 0),
         attention_mask=attention_mask.long(),
         position_ids=position_ids(attention_mask),
         use_cache=False,
         logits_to_keep=size + 1,
-    ).logits[:, :-1]
-    return logprobs_and_entropy(logits_without(logits, [pad_id]), input_ids[:, -size:], temperature)
+        output_hidden_states=with_hidden,
+    )
+    logits = logits_without(output.logits[:, :-1], [pad_id])
+    found = logprobs_and_entropy(logits, input_ids[:, -size:], temperature)
+    return (*found, output.hidden_states[-1][:, -size - 1 : -1]) if with_hidden else found
 
 
 # saving

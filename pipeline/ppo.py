@@ -11,72 +11,77 @@ over all micro-batches and processes of the optimiser step, so neither changes t
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.advantages import adapted_kl_coef, explained_variance, kl_k3
+from pipeline.advantages import adapted_kl_coef
 from pipeline.config import PPO, UserError
-from pipeline.data import decode
-from pipeline.formats import Text, shown
-from pipeline.judges import duplicate_share, word_repetition
+from pipeline.judges import Vader
 from pipeline.losses import policy_loss, value_loss
 from pipeline.models import (
     ActorCritic,
     Critic,
     Policy,
-    base_of,
+    ValueHead,
     check_model,
     frozen,
     load_language_model,
     load_reward_model,
+    new_classifier,
     reference_role,
     response_logprobs,
     same_tokenizer,
     save_policy,
     with_adapter,
 )
+from pipeline.monitor import Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
 from pipeline.process import new_accelerator, processes, quiet, say
 from pipeline.rollout import Experience, Forward, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
-from pipeline.scoring import reward_model_scores
-from pipeline.tensors import masked_mean, masked_sum
+from pipeline.scoring import fitted_judge, reward_model_scores
+from pipeline.tensors import masked_mean
 
-EVALUATED = (
-    "score", "kl", "reward", "length", "eos_share", "entropy", "win_rate", "repetition", "duplicates",
-)  # fmt: skip
 MOST_SKIPPED = 5  # optimiser steps in a row without a finite gradient before the run is stopped
 
 
-def train(config: PPO, score: ScoreFunction | None = None) -> Path:
-    """Trains the policy and returns its `final` directory; `score` replaces the reward model's score when given."""
+def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, Judge] | None = None) -> Path:
+    """Trains the policy and returns its `final` directory.
+
+    `score` replaces the reward model's score when given (with a critic that is not made from it, no reward model is
+    read); `judges` give each text a number for the evaluations, as `judge_file` does, and have no part in training.
+    """
     quiet()
     config.micro_batches(processes().num_processes)  # a batch that does not divide is refused before any work
-    sft, reward = config.run.final("sft", config.sft), config.run.final("reward", config.reward)
-    stage = StageRun("ppo", config, {"sft": sft, "reward": reward}, [config.train_file, config.validation_file])
+    parents = {"sft": config.run.final("sft", config.sft)}
+    if score is None or config.critic == "reward":
+        parents["reward"] = config.run.final("reward", config.reward)
+    files = [file for file in (config.train_file, config.validation_file, config.judge_file) if file]
+    stage = StageRun("ppo", config, parents, files)
     if stage.is_finished():
         return stage.final
     with stage:
         accelerator = new_accelerator(config.run.precision)
         set_seed(config.run.seed)  # the same weights on every process
-        tokenizer = same_tokenizer({"sft": sft, "reward": reward})
-        policy: Policy = load_language_model(sft)
-        check_model(base_of(policy), tokenizer, config.sampling.max_prompt_tokens + config.sampling.max_new_tokens, sft)
-        if config.adapter.adapter != "none":
-            policy = with_adapter(base_of(policy), config.adapter)
-        reward_model = frozen(load_reward_model(reward)).to(accelerator.device)
-        actor_critic = ActorCritic(policy, Critic(reward_model), config.sampling.temperature, tokenizer.pad_token_id)
+        tokenizer = same_tokenizer(parents)
+        longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+        sft = load_language_model(parents["sft"])
+        check_model(sft, tokenizer, longest, parents["sft"])
+        reward_model = frozen(load_reward_model(parents["reward"])) if "reward" in parents else None
+        critic = make_critic(config.critic, sft, reward_model, tokenizer.pad_token_id)
+        policy: Policy = sft if config.adapter.adapter == "none" else with_adapter(sft, config.adapter)
+        actor_critic = ActorCritic(policy, critic, config.sampling.temperature, tokenizer.pad_token_id)
         reference = make_reference(actor_critic, accelerator)
         optimizer, scheduler = make_optimizer(actor_critic, config)
         prepared, optimizer = accelerator.prepare(actor_critic.eval(), optimizer)
@@ -85,12 +90,18 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
         prompts = read_prompts(config.train_file, 0, tokenizer, config)
         held_out = read_prompts(config.validation_file, config.eval_prompts, tokenizer, config)
         batches = prompt_batches(len(prompts), config.rollout_batch, config.run.seed)
-        score = score or partial(reward_model_scores, reward_model)
+        if score is None:
+            assert reward_model is not None
+            score = partial(reward_model_scores, reward_model.to(accelerator.device))
+        if judges is None and config.judge_file:
+            judges = {"vader": Vader(), "classifier": fitted_judge(config.judge_file, config.run.seed)}
         experience_of = partial(
             to_experience, actor_critic=prepared, reference=reference, score=score,
             reduce=partial(accelerator.reduce, reduction="sum"),
         )  # fmt: skip
-        evaluate = partial(evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, accelerator)
+        evaluate = partial(
+            evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, accelerator, judges or {}
+        )
         history: list[Evaluation] = []
         skipped = 0  # optimiser steps in a row whose gradient was not finite
         for step in range(config.rollouts):
@@ -126,6 +137,18 @@ def train(config: PPO, score: ScoreFunction | None = None) -> Path:
             history.append(evaluated(stage, config.rollouts, evaluate(config, history), actor_critic, history))
         summary = keep(history, actor_critic, config)
         return stage.finish(partial(save, actor_critic, tokenizer), summary)
+
+
+def make_critic(
+    kind: str, sft: PreTrainedModel, reward_model: PreTrainedModel | None, pad_id: int
+) -> Critic | ValueHead:
+    """What `critic` names: a model of its own, from the reward model or from SFT, or a head on the policy's trunk."""
+    if kind == "head":
+        return ValueHead(sft.config.hidden_size)
+    if kind == "sft":
+        return Critic(new_classifier(sft, pad_id))
+    assert reward_model is not None
+    return Critic(reward_model)
 
 
 def make_reference(actor_critic: ActorCritic, accelerator: Accelerator) -> Forward:
@@ -234,7 +257,7 @@ def adapted(config: PPO, kl: float) -> PPO:
 
 
 def ppo_loss(
-    actor_critic: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]],
+    actor_critic: Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor, Tensor]],
     batch: Experience,
     config: PPO,
     tokens: Tensor,
@@ -245,7 +268,7 @@ def ppo_loss(
     `tokens` is the number of response tokens in the optimiser step, over all its micro-batches and processes.
     """
     mask = batch.response_mask
-    logprobs, entropies, values = actor_critic(batch.input_ids, batch.attention_mask, batch.size)
+    logprobs, entropies, values = actor_critic(batch.input_ids, batch.attention_mask, batch.size, trains_policy)
     if config.entropy_coef == 0:
         entropies = entropies.detach()  # logged all the same, without the cost of its gradient
     per_token, policy_stats = policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, config.clip)
@@ -266,91 +289,6 @@ def ppo_loss(
     return loss, {name: value.detach() for name, value in means.items()}
 
 
-def check_first_rollout(step: int, experience: Experience, accelerator: Accelerator) -> None:
-    """Before any update the policy is the reference, so a KL that is not zero is a bug: stop and say so."""
-    if step == 0:
-        largest = accelerator.gather(experience.kl.abs().max()).max().item()
-        if largest > 1e-4:
-            raise RuntimeError(
-                f"ppo: before training the policy differs from its reference by {largest:.2g} nats on a token, "
-                "expected 0: the two are not computed by the same forward"
-            )
-
-
-@torch.no_grad()
-def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PPO) -> dict[str, float]:
-    """What one rollout looked like, over all processes; names and units are in the README's glossary."""
-    mask, reduce = experience.response_mask, partial(accelerator.reduce, reduction="sum")
-    tokens, sequences = reduce(mask.sum()), reduce(torch.tensor(len(experience), device=mask.device))
-    score_mean = reduce(experience.scores.sum()) / sequences
-    kl = masked_sum(experience.kl, mask)
-    k3 = masked_sum(kl_k3(experience.kl, torch.zeros_like(experience.kl)), mask)
-    metrics = {
-        "score": score_mean,
-        "score_std": (reduce((experience.scores - score_mean).square().sum()) / sequences).sqrt(),
-        "kl": reduce(kl) / sequences,
-        "kl_per_token": reduce(kl) / tokens,
-        "kl_k3_per_token": reduce(k3) / tokens,
-        "reward": reduce(masked_sum(experience.rewards, mask)) / sequences,
-        "length": tokens / sequences,
-        "eos_share": reduce(experience.has_eos.float().sum()) / sequences,
-        "return": reduce(masked_sum(experience.returns, mask)) / tokens,
-        "explained_variance": explained_variance(experience.old_values, experience.returns, mask, reduce),
-    }
-    return {name: float(value) for name, value in metrics.items()} | {"kl_coef": config.kl_coef}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The policy at one rollout on the fixed validation prompts, and its weights if none before had a higher reward."""
-
-    step: int
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]]
-    scores: Tensor  # (B,) of this process's share
-    weights: dict[str, Tensor] | None = None
-
-    @property
-    def reward(self) -> float:
-        return self.metrics["eval_reward"]
-
-
-def evaluate_policy(
-    prompts: list[Text],
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    experience_of: Callable[..., Experience],
-    accelerator: Accelerator,
-    config: PPO,
-    history: Sequence[Evaluation],
-) -> Evaluation:
-    """Metrics and samples on fixed held-out prompts with fixed noise; the training's random state is left untouched.
-
-    The first evaluation is of the SFT policy itself, so its scores are what `eval_win_rate` compares with.
-    """
-    share = prompts[accelerator.process_index :: accelerator.num_processes]
-    share = share[: len(prompts) // accelerator.num_processes]
-    with torch.random.fork_rng(), accelerator.autocast():
-        torch.manual_seed(accelerator.process_index)
-        experience = experience_of(generate(policy, tokenizer, share, config.sampling), config=config)
-    metrics = rollout_metrics(experience, accelerator, config)
-    texts = [decode(tokenizer, ids) for ids in experience.input_ids[:, -experience.size :].tolist()]
-    sft = history[0].scores if history else experience.scores
-    wins = (experience.scores > sft).float() + 0.5 * (experience.scores == sft).float()
-    tokens = accelerator.reduce(experience.response_mask.sum(), "sum")
-    surprise = accelerator.reduce(-masked_sum(experience.old_logprobs, experience.response_mask), "sum")
-    all_texts = gather_object(texts)
-    metrics |= {
-        "win_rate": accelerator.reduce(wins.mean(), "mean").item(),
-        "entropy": (surprise / tokens).item(),
-        "repetition": sum(map(word_repetition, all_texts)) / len(all_texts),
-        "duplicates": duplicate_share(all_texts),
-    }
-    rows = zip(share, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)
-    samples = [{"prompt": shown(p), "response": r, "score": round(s, 3), "kl": round(k, 2)} for p, r, s, k in rows]
-    return Evaluation(-1, {f"eval_{name}": metrics[name] for name in EVALUATED}, samples, experience.scores)
-
-
 def evaluated(
     stage: StageRun, step: int, found: Evaluation, actor_critic: ActorCritic, history: Sequence[Evaluation]
 ) -> Evaluation:
@@ -358,33 +296,17 @@ def evaluated(
     if not all(math.isfinite(value) for value in found.metrics.values()):
         raise FloatingPointError(f"ppo: evaluation at rollout {step} is not finite: {found.metrics}")
     stage.log(step, found.metrics)
+    if found.metrics["eval_eos_share"] == 0:
+        say(
+            f"ppo: no response of the evaluation at rollout {step} ended by itself: all were cut at max_new_tokens and "
+            "have missing_eos_score for their score, unless that is none. Raise max_new_tokens, or train SFT on "
+            "completions that end"
+        )
     stage.sample([{"step": step, **row} for row in found.samples[:8]], step)
     is_best = all(found.reward > before.reward for before in history)
     trained = {name: p for name, p in actor_critic.named_parameters() if p.requires_grad} if is_best else None
     weights = {name: p.detach().cpu().clone() for name, p in trained.items()} if trained is not None else None
     return replace(found, step=step, weights=weights)
-
-
-def alarm(history: Sequence[Evaluation], config: PPO) -> str:
-    """What is wrong with the last evaluation, in words, or '': KL over its budget, or text that has collapsed.
-
-    Collapse, against the first evaluation, which is SFT's: entropy under a half, a word repetition of more than 1.5
-    times and 0.05, or a tenth more of the responses equal to another.
-    """
-    first, last = history[0].metrics, history[-1].metrics
-    if config.kl_budget is not None and last["eval_kl"] > config.kl_budget:
-        return f"KL is {last['eval_kl']:.1f} nats per response, kl_budget is {config.kl_budget:g}"
-    if not config.collapse_alarm:
-        return ""
-    for name, bound in (
-        ("repetition", max(1.5 * first["eval_repetition"], first["eval_repetition"] + 0.05)),
-        ("duplicates", first["eval_duplicates"] + 0.1),
-    ):
-        if last[f"eval_{name}"] > bound:
-            return f"{name} rose from {first[f'eval_{name}']:.3f} to {last[f'eval_{name}']:.3f}, above {bound:.3f}"
-    if last["eval_entropy"] < 0.5 * first["eval_entropy"]:
-        return f"entropy fell from {first['eval_entropy']:.2f} to {last['eval_entropy']:.2f} nats per token"
-    return ""
 
 
 def keep(history: Sequence[Evaluation], actor_critic: ActorCritic, config: PPO) -> dict[str, Any]:
@@ -413,4 +335,4 @@ def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: 
         if not parameter.isfinite().all():
             raise FloatingPointError(f"ppo: {name} is not finite after training; nothing was written")
     save_policy(actor_critic.policy, tokenizer, folder)
-    actor_critic.critic.save(folder / "critic")
+    actor_critic.save_critic(folder / "critic")

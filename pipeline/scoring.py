@@ -1,10 +1,15 @@
-"""Score functions: what a response is worth, as a function of its tokens."""
+"""What a response is worth: to the policy, as a function of its tokens; to a judge, as a function of its text."""
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.config import UserError
+from pipeline.formats import read_rows
+from pipeline.judges import Classifier, fit_classifier
 from pipeline.models import head_outputs
+
+LABELS = {"negative": 0, "positive": 1}
 
 
 @torch.no_grad()
@@ -18,3 +23,13 @@ def reward_model_scores(model: PreTrainedModel, input_ids: Tensor, attention_mas
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = torch.where(attention_mask, positions, -1).amax(1)
     return outputs.gather(1, last[:, None]).squeeze(1)
+
+
+def fitted_judge(file: str, seed: int) -> Classifier:
+    """P(positive) of a text, by a classifier fitted to human labels that no stage has seen."""
+    rows = read_rows(file, "text")
+    groups = [row["key"] for row in rows] if all("key" in row for row in rows) else None
+    for row in rows:
+        if row.get("label") not in LABELS:
+            raise UserError(f"{file}: label: expected {' or '.join(LABELS)}, got {row.get('label')!r:.40}")
+    return fit_classifier([row["text"] for row in rows], [LABELS[row["label"]] for row in rows], seed, groups)

@@ -13,6 +13,7 @@ LAYERS = (
     {"formats", "models", "tracking", "corpus"},
     {"data", "run"},
     {"scoring", "rollout", "trainers", "report"},
+    {"monitor"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline import evaluate
-from pipeline.evaluate import Responses, compare, headline, health, judge
+from pipeline.evaluate import Responses, compare, headline, health
 from pipeline.judges import share_ci
 from pipeline.report import HEADER, markdown_table, page, rows_of, write
 
@@ -234,37 +233,6 @@ def test_what_is_written_reads_back(report, tmp_path):
     write(report, SAMPLES, tmp_path)
     back = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert page(back, SAMPLES) == (tmp_path / "evaluation.md").read_text(encoding="utf-8") == page(report, SAMPLES)
-
-
-def judge_file(tmp_path, key: bool) -> str:
-    words = {"positive": ("lovely", "great", "warm"), "negative": ("dull", "awful", "cold")}
-    lines = [
-        {"text": f"a {words[label][i % 3]} {SUBJECTS[i % 8]}", "label": label} | ({"key": f"d{i % 12}"} if key else {})
-        for i in range(48)
-        for label in words
-    ]
-    (tmp_path / "judge.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    return str(tmp_path / "judge.jsonl")
-
-
-@pytest.mark.parametrize("key", [True, False])
-def test_the_judge_learns_what_its_labels_say(tmp_path, key):
-    classifier = judge(judge_file(tmp_path, key), seed=0)
-    bad, good = classifier(["an awful dull cold teapot", "a lovely warm great teapot"])
-    assert bad < 0.4 < 0.6 < good
-    assert classifier.holdout_accuracy.value == 1.0
-
-
-def test_the_judge_keeps_a_documents_texts_on_one_side(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(evaluate, "fit_classifier", lambda *given: seen.update(given=given))
-    judge(judge_file(tmp_path, key=True), seed=5)
-    texts, labels, seed, groups = seen["given"]
-    assert (seed, groups[:4]) == (5, ["d0", "d0", "d1", "d1"])
-    assert labels[:4] == [1, 0, 1, 0]
-    assert "lovely" in texts[0]
-    judge(judge_file(tmp_path, key=False), seed=5)
-    assert seen["given"][3] is None
 
 
 def test_the_page_over_seeds_has_every_seed_policy_and_interval(report):

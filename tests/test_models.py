@@ -19,6 +19,7 @@ from pipeline.models import (
     ActorCritic,
     Critic,
     ModelError,
+    ValueHead,
     base_of,
     check_model,
     frozen,
@@ -410,25 +411,78 @@ def test_logprobs_are_those_of_a_float64_softmax_without_the_padding_token(kind,
             assert entropies[row, t].item() == pytest.approx(-(p.exp() * p)[1:].sum().item(), abs=2e-5)
 
 
+@pytest.fixture(params=["own backbone", "head"])
+def actor_critic(request, make_model, reward_model):
+    critic = Critic(reward_model) if request.param == "own backbone" else disturbed(ValueHead(16))
+    return ActorCritic(make_model("gpt2", seed=3), critic, temperature=0.7, pad_id=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS], ids=lambda a: a and a.adapter)
+def test_a_value_head_reads_the_trunks_last_state_in_the_same_forward(kind, adapter, make_model):
+    policy = make_model(kind, seed=3) if adapter is None else disturbed(with_adapter(make_model(kind, seed=3), adapter))
+    head = disturbed(ValueHead(16))
+    forwards = []
+    base_of(policy).register_forward_hook(lambda *_: forwards.append(1))
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    logprobs, _, values = ActorCritic(policy, head, 0.7, 0)(IDS, mask, SIZE)
+    assert len(forwards) == 1
+    with torch.no_grad():
+        hidden = base_of(policy).base_model(IDS).last_hidden_state[:, -SIZE - 1 : -1].double()
+        close(values.double(), hidden @ head.weight[0].double() + head.bias.double(), 1e-5)
+        close(logprobs, response_logprobs(policy, IDS, mask, SIZE, 0.7, 0)[0], 0)
+    assert values.std() > 0.1
+
+
+def test_a_new_value_head_is_zero():
+    assert not any(parameter.any() for parameter in ValueHead(16).parameters())
+
+
+@pytest.mark.parametrize("trains_policy", [True, False])
+def test_the_value_loss_reaches_the_trunk_unless_only_the_critic_learns(trains_policy, make_model):
+    model = ActorCritic(make_model("gpt2", seed=3), disturbed(ValueHead(16)), 0.7, 0)
+    model(IDS, torch.ones_like(IDS, dtype=torch.bool), SIZE, trains_policy)[2].sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.policy.parameters()) == trains_policy
+    assert all(p.grad.any() for p in model.critic.parameters())
+
+
+@pytest.mark.parametrize("load", [load_language_model, load_reward_model])
+def test_a_head_that_would_not_be_used_is_an_error(load, make_model, tokenizer, tmp_path):
+    """A reward model with tied embeddings has all that a language model needs, and a score head besides."""
+    save_policy(make_model("gpt2"), tokenizer, tmp_path / "sft")
+    new_reward_model(tmp_path / "sft", tokenizer).save_pretrained(tmp_path / "reward")
+    weights = load_file(tmp_path / "sft/model.safetensors") | {"v_head.summary.weight": torch.ones(1, 16)}
+    save_file(weights, tmp_path / "sft/model.safetensors", metadata={"format": "pt"})
+    if load is load_language_model:
+        with pytest.raises(ModelError, match=r"head that would not be used: score\.weight"):
+            load(tmp_path / "reward")
+        with pytest.raises(ModelError, match=r"head that would not be used: v_head\.summary\.weight"):
+            load(tmp_path / "sft")
+    else:
+        load(tmp_path / "reward")
+        with pytest.raises(ModelError, match=r"missing or unused weights score\.weight, v_head"):
+            load(tmp_path / "sft")
+
+
 @pytest.mark.parametrize(("left", "right"), [(1, 0), (0, 1), (5, 2), (17, 6)])
-def test_padding_changes_neither_logprobs_nor_values(left, right, make_model, reward_model):
-    model = ActorCritic(make_model("gpt2", seed=3), Critic(reward_model), temperature=0.7, pad_id=0)
+def test_padding_changes_neither_logprobs_nor_values(left, right, actor_critic):
+    model = actor_critic
     expected = model(IDS, MASK, SIZE)
     wide = model(*padded(IDS, MASK, left, right), SIZE + right)
     for theirs, ours in zip(expected, wide, strict=True):
         close(ours[:, :SIZE][REAL], theirs[REAL], 1e-5)
 
 
-def test_what_stands_at_masked_positions_changes_nothing(make_model, reward_model):
-    model = ActorCritic(make_model("gpt2", seed=3), Critic(reward_model), temperature=0.7, pad_id=0)
+def test_what_stands_at_masked_positions_changes_nothing(actor_critic):
+    model = actor_critic
     other = torch.where(MASK, IDS, 11)
     for ours, theirs in zip(model(other, MASK, SIZE), model(IDS, MASK, SIZE), strict=True):
         assert torch.equal(ours[REAL], theirs[REAL])
 
 
 @pytest.mark.parametrize("t", range(SIZE))
-def test_a_token_moves_its_logprob_and_what_follows_only(t, make_model, reward_model):
-    model = ActorCritic(make_model("gpt2", seed=3), Critic(reward_model), temperature=0.7, pad_id=0)
+def test_a_token_moves_its_logprob_and_what_follows_only(t, actor_critic):
+    model = actor_critic
     mask = torch.ones_like(IDS, dtype=torch.bool)
     changed = IDS.clone()
     changed[:, -SIZE + t] = 15 - changed[:, -SIZE + t]

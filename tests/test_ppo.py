@@ -11,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from pipeline import ppo, pretrain, reward, sft
+from pipeline import monitor, ppo, pretrain, reward, sft
 from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Reward, Run, Sampling
 from pipeline.models import (
     ActorCritic,
     Critic,
     ModelError,
+    ValueHead,
     frozen,
     load_language_model,
     load_reward_model,
@@ -43,9 +44,14 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-@pytest.fixture
-def actor_critic(policy, reward_model):
-    return ActorCritic(policy, Critic(reward_model), CONFIG.sampling.temperature, PAD)
+@pytest.fixture(params=["own backbone", "head"])
+def actor_critic(request, policy, reward_model):
+    critic = Critic(reward_model) if request.param == "own backbone" else ValueHead(16)
+    if isinstance(critic, ValueHead):  # at zero its trunk would have no gradient
+        torch.manual_seed(4)
+        torch.nn.init.normal_(critic.weight, std=0.1)
+        torch.nn.init.constant_(critic.bias, 0.2)
+    return ActorCritic(policy, critic, CONFIG.sampling.temperature, PAD)
 
 
 def rollout_of(actor_critic, tokenizer, seed=1, prompts=PROMPTS, sampling=CONFIG.sampling):
@@ -133,7 +139,7 @@ def test_five_skipped_in_a_row_are_not_yet_too_many(actor_critic, half_broken, a
 
 def test_weights_that_are_not_finite_are_never_written(actor_critic, tokenizer, tmp_path):
     with torch.no_grad():
-        actor_critic.critic.model.score.weight[0, 3] = math.inf
+        next(actor_critic.critic.parameters()).flatten()[0] = math.inf
     with pytest.raises(FloatingPointError, match=r"critic\.\S+ is not finite"):
         ppo.save(actor_critic, tokenizer, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -280,6 +286,7 @@ def test_the_loss_is_linear_in_its_coefficients(actor_critic, experience):
         warm = loss(value_coef, entropy_coef, False)[0].item()
         assert warm == pytest.approx(value_coef * sums["value_loss"].item(), abs=1e-6)
     assert sums["entropy"].item() > 0.1
+    actor_critic.zero_grad()
     loss(0.0, 0.01)[0].backward()
     assert all(not p.grad.any() for p in actor_critic.critic.parameters() if p.grad is not None)
     assert any(p.grad.any() for p in actor_critic.policy.parameters())
@@ -306,7 +313,8 @@ def test_policy_and_critic_move_and_the_reference_does_not(
     assert changed <= trainable
     assert len(changed) >= 0.9 * len(trainable)
     assert not same(actor_critic.critic, critic)
-    assert not torch.equal(actor_critic.critic.shift, critic["shift"])
+    bias = next(name for name in critic if name in ("shift", "bias"))
+    assert not torch.equal(actor_critic.critic.get_parameter(bias), critic[bias])
     with torch.no_grad():
         assert torch.equal(reference(ids, mask, size)[0][real], expected[real])
         assert not torch.equal(actor_critic(ids, mask, size)[0][real], own[real])
@@ -322,11 +330,11 @@ def test_in_warm_up_only_the_critic_learns(actor_critic, experience, accelerator
     assert metrics["approx_kl"] < 1e-10
 
 
-def test_two_updates_from_one_seed_are_the_same_to_the_bit(policy, reward_model, experience, accelerator):
+def test_two_updates_from_one_seed_are_the_same_to_the_bit(actor_critic, experience, accelerator):
     results = []
     for _ in range(2):
-        actor_critic = ActorCritic(copy.deepcopy(policy), Critic(reward_model), 0.7, PAD)
-        results.append((run_update(actor_critic, experience, accelerator), weights(actor_critic)))
+        module = copy.deepcopy(actor_critic)
+        results.append((run_update(module, experience, accelerator), weights(module)))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
 
@@ -364,13 +372,13 @@ def test_no_prompt_comes_twice_in_a_pass_and_ranks_share_out_a_batch():
 
 def test_a_reference_that_is_not_the_policy_stops_the_first_rollout_only(experience, accelerator):
     with pytest.raises(RuntimeError, match="differs from its reference"):
-        ppo.check_first_rollout(0, experience, accelerator)
-    ppo.check_first_rollout(1, experience, accelerator)
-    ppo.check_first_rollout(0, dataclasses.replace(experience, kl=0 * experience.kl), accelerator)
+        monitor.check_first_rollout(0, experience, accelerator)
+    monitor.check_first_rollout(1, experience, accelerator)
+    monitor.check_first_rollout(0, dataclasses.replace(experience, kl=0 * experience.kl), accelerator)
 
 
 def test_metrics_are_those_of_numpy(experience, accelerator):
-    metrics = ppo.rollout_metrics(experience, accelerator, CONFIG)
+    metrics = monitor.rollout_metrics(experience, accelerator, CONFIG)
     mask = experience.response_mask
     rows = [experience.kl[row, mask[row]].double() for row in range(8)]
     tokens = torch.cat(rows)
@@ -395,10 +403,10 @@ def test_metrics_are_those_of_numpy(experience, accelerator):
 # learning
 
 
-def learn(make_model, tokenizer, reward_model, score, config, rollouts, accelerator):
+def learn(make_model, tokenizer, critic, score, config, rollouts, accelerator):
     """Mean scores and KLs of rollouts by PPO from a tiny policy that is its own reference."""
     make = partial(make_model, "gpt2", seed=3, lean=(EOS, 1.0))
-    actor_critic = ActorCritic(make(), Critic(reward_model), config.sampling.temperature, PAD)
+    actor_critic = ActorCritic(make(), critic, config.sampling.temperature, PAD)
     reference = partial(response_logprobs, frozen(make()), temperature=config.sampling.temperature, pad_id=PAD)
     optimizer, scheduler = ppo.make_optimizer(actor_critic, dataclasses.replace(config, rollouts=rollouts))
     history = []
@@ -406,7 +414,7 @@ def learn(make_model, tokenizer, reward_model, score, config, rollouts, accelera
     for _ in range(rollouts):
         rollout = generate(actor_critic.policy, tokenizer, PROMPTS * 4, config.sampling)
         experience = to_experience(rollout, actor_critic, reference, score, config, identity)
-        history.append(ppo.rollout_metrics(experience, accelerator, config))
+        history.append(monitor.rollout_metrics(experience, accelerator, config))
         ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
         scheduler.step()
     return history
@@ -429,7 +437,7 @@ def test_ppo_learns_to_write_one_token_unless_the_kl_forbids_it(
     kl_coef, make_model, tokenizer, reward_model, accelerator
 ):
     config = dataclasses.replace(LEARNING, kl_coef=kl_coef)
-    history = learn(make_model, tokenizer, reward_model, partial(share_of, 9), config, 30, accelerator)
+    history = learn(make_model, tokenizer, Critic(reward_model), partial(share_of, 9), config, 30, accelerator)
     first, last = history[0], history[-1]
     assert first["score"] < 0.2
     assert first["kl"] == pytest.approx(0, abs=1e-5)
@@ -444,11 +452,23 @@ def test_ppo_learns_to_write_one_token_unless_the_kl_forbids_it(
 def test_ppo_learns_to_stop(make_model, tokenizer, reward_model, accelerator):
     """The EOS is an action: were it outside the mask, nothing would make it likelier."""
     history = learn(
-        make_model, tokenizer, reward_model, lambda ids, mask: -mask[:, -6:].sum(1).float(), LEARNING, 30, accelerator
+        make_model,
+        tokenizer,
+        Critic(reward_model),
+        lambda ids, mask: -mask[:, -6:].sum(1).float(),
+        LEARNING,
+        30,
+        accelerator,
     )
     assert history[0]["length"] > 4
     assert history[-1]["length"] < 1.5
     assert history[-1]["eos_share"] > 0.9
+
+
+def test_a_head_on_the_policys_trunk_learns_with_it(make_model, tokenizer, reward_model, accelerator):
+    history = learn(make_model, tokenizer, ValueHead(16), partial(share_of, 9), LEARNING, 30, accelerator)
+    assert history[0]["score"] < 0.2 < 0.8 < history[-1]["score"]
+    assert history[0]["explained_variance"] < 0.01 < 0.15 < max(row["explained_variance"] for row in history)
 
 
 # the stage, on parents made by the other stages
@@ -542,6 +562,112 @@ def test_the_stage_trains_from_its_parents(adapter, parents, tmp_path):
             assert 0 < row["sampling_seconds"] < row["seconds"]
 
 
+@pytest.mark.parametrize("critic", ["sft", "head"])
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_a_critic_of_another_origin_is_trained_and_saved(critic, adapter, parents, tmp_path, monkeypatch):
+    """With a score function no reward model is asked for; what is saved gives the values that training saw."""
+    known, saving = [], ActorCritic.save_critic
+
+    def save_critic(self, folder):
+        ids = torch.tensor([[1, 5, 7, 4, 9, 3]])
+        mask = torch.ones_like(ids).bool()
+        with torch.no_grad():
+            known.append((ids, mask, self.eval()(ids, mask, 4)[2]))
+        saving(self, folder)
+
+    monkeypatch.setattr(ActorCritic, "save_critic", save_critic)
+    config = stage_config(parents, tmp_path, critic=critic, adapter=Adapter(adapter=adapter, lora_rank=2), keep="last")
+    config = dataclasses.replace(config, reward=str(tmp_path / "nothing there"))
+    final = ppo.train(config, lambda ids, mask: mask.sum(1).float() / 10)
+    assert set(read_done(final)["parents"]) == {"sft"}
+    rows = [row for row in logged(final) if "ratio" in row]
+    assert rows[0]["explained_variance"] == pytest.approx(0, abs=1e-6)  # a head of zeros explains nothing
+    assert rows[-1]["explained_variance"] != 0
+    assert rows[0]["approx_kl"] < 1e-10  # warm-up: the policy stands still, whatever trunk the critic has
+    assert rows[1]["kl"] == pytest.approx(0, abs=1e-4)
+    ids, mask, values = known[0]
+    assert values.std() > 1e-4
+    with torch.no_grad():
+        torch.testing.assert_close(Critic(load_reward_model(final / "critic"))(ids, mask)[:, -5:-1], values)
+    trunk, policy = load_reward_model(final / "critic").base_model, load_language_model(final).base_model
+    moved = max((a - b).abs().max().item() for a, b in zip(trunk.parameters(), policy.parameters(), strict=True))
+    assert (moved < 1e-6) == (critic == "head")
+
+
+def test_a_critic_from_sft_starts_at_zero_on_its_trunk(parents):
+    sft = load_language_model(parents / "runs/tiny/sft/final")
+    critic = ppo.make_critic("sft", sft, None, PAD)
+    ids = torch.tensor([[1, 5, 7, 4, 9, 3]])
+    with torch.no_grad():
+        assert not critic(ids, torch.ones_like(ids).bool()).any()
+        assert torch.equal(critic.model.base_model(ids).last_hidden_state, sft.base_model(ids).last_hidden_state)
+    assert all(parameter.requires_grad for parameter in critic.parameters())
+
+
+def test_judges_are_heard_in_evaluations_alone(parents, tmp_path):
+    rows = logged(
+        ppo.train(stage_config(parents, tmp_path, rollouts=2), judges={"letters": lambda texts: [*map(len, texts)]})
+    )
+    silent = logged(ppo.train(stage_config(parents, tmp_path / "silent", rollouts=2)))
+    found = [json.loads(line) for line in (tmp_path / "tiny/ppo/samples.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if "eval_kl" in row):
+        texts = [sample["response"] for sample in found if sample["step"] == row["step"]]
+        assert row["eval_letters"] == pytest.approx(sum(map(len, texts)) / 6)
+        del row["eval_letters"]
+    assert rows == silent
+
+
+def test_a_judge_is_fitted_to_the_recipes_file(parents, tmp_path):
+    lines = [
+        {"text": f"a {word} {n} cat", "label": label}
+        for n in range(20)
+        for word, label in (("fine", "positive"), ("bad", "negative"))
+    ]
+    config = stage_config(parents, tmp_path, rollouts=2, judge_file=write(tmp_path, "judge.jsonl", lines))
+    final = ppo.train(config)
+    for row in (row for row in logged(final) if "eval_kl" in row):
+        assert 0 < row["eval_classifier"] < 1
+        assert -1 <= row["eval_vader"] <= 1
+    assert len(read_done(final)["identity"]["data"]) == 3
+
+
+def extreme(push, make_model, tokenizer, reward_model, accelerator):
+    """A rollout, an update on it and an evaluation of a policy whose EOS has `push` added to its logit."""
+    actor_critic = ActorCritic(make_model("gpt2", seed=3, lean=(EOS, push)), Critic(reward_model), 0.7, PAD)
+    experience_of = partial(
+        to_experience, actor_critic=actor_critic, reference=ppo.make_reference(actor_critic, accelerator),
+        score=partial(reward_model_scores, reward_model), reduce=identity,
+    )  # fmt: skip
+    made = experience_of(rollout_of(actor_critic, tokenizer), config=CONFIG)
+    found = monitor.evaluate_policy(PROMPTS, actor_critic.policy, tokenizer, experience_of, accelerator, {}, CONFIG, [])
+    metrics = run_update(actor_critic, made, accelerator) | found.metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(parameter.isfinite().all() for parameter in actor_critic.parameters())
+    return actor_critic, made, found
+
+
+def test_a_policy_that_never_ends_is_told_of(make_model, tokenizer, reward_model, accelerator, capsys):
+    actor_critic, made, found = extreme(-60.0, make_model, tokenizer, reward_model, accelerator)
+    assert found.metrics["eval_eos_share"] == 0
+    assert found.metrics["eval_length"] == CONFIG.sampling.max_new_tokens
+    assert (made.rewards[:, -1] == -1.0).all()
+    ppo.evaluated(Silent(), 0, found, actor_critic, [])
+    assert "no response of the evaluation at rollout 0 ended by itself" in " ".join(capsys.readouterr().out.split())
+
+
+def test_empty_responses_are_responses(make_model, tokenizer, reward_model, accelerator, capsys):
+    """A policy that ends at once: one token each, the EOS, which is scored and learnt from like any other."""
+    actor_critic, made, found = extreme(60.0, make_model, tokenizer, reward_model, accelerator)
+    assert made.response_mask.sum(1).tolist() == [1] * 8
+    assert made.has_eos.all()
+    assert torch.equal(made.rewards[:, 0], made.scores)
+    assert [row["response"] for row in found.samples] == [""] * 8
+    assert (found.metrics["eval_length"], found.metrics["eval_repetition"]) == (1, 0)
+    assert found.metrics["eval_duplicates"] == pytest.approx(7 / 8)
+    ppo.evaluated(Silent(), 0, found, actor_critic, [])
+    assert "ended by itself" not in capsys.readouterr().out
+
+
 def test_the_best_policy_is_kept_or_the_last(parents, tmp_path):
     """A score that falls with every call: SFT's own weights are the best, and what `last` keeps is something else."""
     sft = load_language_model(parents / "runs/tiny/sft/final").state_dict()
@@ -573,9 +699,16 @@ def test_a_run_over_its_kl_budget_stops_and_goes_back(parents, tmp_path, capsys)
     assert f"stopped at rollout {stopped['step']}: KL is" in " ".join(capsys.readouterr().out.split())
 
 
+class Silent:
+    def log(self, *_):
+        pass
+
+    sample = log
+
+
 def evaluation_with(**metrics):
-    found = {f"eval_{name}": 0.0 for name in ppo.EVALUATED} | {"eval_entropy": 4.0, "eval_repetition": 0.2}
-    return ppo.Evaluation(0, found | {f"eval_{name}": value for name, value in metrics.items()}, [], torch.zeros(1))
+    found = {f"eval_{name}": 0.0 for name in monitor.EVALUATED} | {"eval_entropy": 4.0, "eval_repetition": 0.2}
+    return monitor.Evaluation(0, found | {f"eval_{name}": value for name, value in metrics.items()}, [], torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -591,24 +724,18 @@ def evaluation_with(**metrics):
 )
 def test_the_alarm_names_what_it_saw(metrics, says):
     config = dataclasses.replace(CONFIG, kl_budget=10.0)
-    assert ppo.alarm([evaluation_with(), evaluation_with(**metrics)], config) == says
+    assert monitor.alarm([evaluation_with(), evaluation_with(**metrics)], config) == says
     silent = dataclasses.replace(CONFIG, collapse_alarm=False)
-    assert ppo.alarm([evaluation_with(), evaluation_with(**metrics)], silent) == ""
+    assert monitor.alarm([evaluation_with(), evaluation_with(**metrics)], silent) == ""
 
 
 def test_little_repetition_may_grow_by_a_twentieth():
     first = evaluation_with(repetition=0.02)
-    assert ppo.alarm([first, evaluation_with(repetition=0.069)], CONFIG) == ""
-    assert "above 0.070" in ppo.alarm([first, evaluation_with(repetition=0.071)], CONFIG)
+    assert monitor.alarm([first, evaluation_with(repetition=0.069)], CONFIG) == ""
+    assert "above 0.070" in monitor.alarm([first, evaluation_with(repetition=0.071)], CONFIG)
 
 
 def test_of_equal_rewards_the_first_is_the_best(actor_critic, tmp_path):
-    class Silent:
-        def log(self, *_):
-            pass
-
-        sample = log
-
     history = []
     for value in (1.0, 1.0, 2.0, 1.5):
         history.append(ppo.evaluated(Silent(), len(history), evaluation_with(reward=value), actor_critic, history))
@@ -617,8 +744,8 @@ def test_of_equal_rewards_the_first_is_the_best(actor_critic, tmp_path):
 
 def test_every_prompt_of_a_batch_is_answered(parents, tmp_path, monkeypatch):
     asked = []
-    real = ppo.generate
-    monkeypatch.setattr(ppo, "generate", lambda *given: (asked.append(len(given[2])), real(*given))[1])
+    for room in (ppo, monitor):
+        monkeypatch.setattr(room, "generate", lambda *given: (asked.append(len(given[2])), generate(*given))[1])
     ppo.train(stage_config(parents, tmp_path, rollouts=2))
     assert asked == [6, 8, 8, 6]  # an evaluation, two rollouts, an evaluation
 
