@@ -7,14 +7,10 @@ metrics.jsonl is drawn into docs/curves/<name>.png.
 """
 
 import argparse
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from plots import draw, series
 from seeds import run
 
 ILL: dict[str, dict[str, object]] = {
@@ -41,32 +37,6 @@ def variant(name: str, runs: Path, jobs: int) -> Path:
     return run("ppo", "imdb", 0, runs / "curves" / name, jobs, **parents, **ILL[name])
 
 
-def series(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(rollout, value) of each metric."""
-    values: dict[str, list[tuple[int, float]]] = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name, value in row.items():
-            values.setdefault(name, []).append((row["step"], value))
-    return values
-
-
-def draw(name: str, folder: Path, healthy: Path, out: Path) -> None:
-    """Six panels: the run's curves over the healthy run's, in grey."""
-    figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
-    for axis, (metric, title) in zip(axes.flat, PANELS.items(), strict=True):
-        if folder != healthy:
-            axis.plot(*zip(*series(healthy)[metric], strict=True), color="0.75", label="healthy")
-        axis.plot(*zip(*series(folder)[metric], strict=True), color="C3" if folder != healthy else "C0", label=name)
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=8)
-    axes[1, 1].set_xlabel("rollout", fontsize=9)
-    axes[0, 0].legend(fontsize=8)
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / f"{name}.png", dpi=80)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -75,7 +45,9 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         folders = dict(zip(ILL, pool.map(lambda name: variant(name, given.runs, given.jobs), ILL), strict=True))
     for name, folder in folders.items():
-        draw(name, folder, folders["healthy"], Path("docs/curves"))
+        lines = {"healthy": (folders["healthy"], "0.75" if name != "healthy" else "C0")}
+        lines |= {name: (folder, "C3")} if name != "healthy" else {}
+        draw(Path("docs/curves") / f"{name}.png", PANELS, lines)
         last = {metric: values[-1][1] for metric, values in series(folder).items()}
         print(name, {metric: round(last[metric], 2) for metric in (*PANELS, "eval_score", "eval_kl")})
 

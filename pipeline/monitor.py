@@ -3,6 +3,7 @@
 Nothing here changes a weight. Names and units of all figures are in the README's glossary.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from pipeline.formats import Text, shown
 from pipeline.judges import duplicate_share, word_repetition
 from pipeline.models import Policy
 from pipeline.rollout import Experience, generate
-from pipeline.tensors import masked_sum
+from pipeline.tensors import Reduce, masked_moments, masked_sum
 
 EVALUATED = (
     "score", "kl", "reward", "length", "eos_share", "entropy", "win_rate", "repetition", "duplicates",
@@ -52,12 +53,19 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
     score_mean = reduce(experience.scores.sum()) / sequences
     kl = masked_sum(experience.kl, mask)
     k3 = masked_sum(kl_k3(experience.kl, torch.zeros_like(experience.kl)), mask)
+    reference = masked_sum(experience.old_logprobs - experience.kl, mask)
+    clipped = experience.scores.abs() > (math.inf if config.score_clip is None else config.score_clip)
     metrics = {
         "score": score_mean,
         "score_std": (reduce((experience.scores - score_mean).square().sum()) / sequences).sqrt(),
+        "score_clipped": reduce(clipped.float().sum()) / sequences,
+        "score_length_correlation": correlation(experience.scores, mask.sum(1).float(), reduce),
         "kl": reduce(kl) / sequences,
         "kl_per_token": reduce(kl) / tokens,
         "kl_k3_per_token": reduce(k3) / tokens,
+        "reference_perplexity": (-reduce(reference) / tokens).exp(),
+        "sampling_difference": reduce(masked_sum((experience.old_logprobs - experience.sampled_logprobs).abs(), mask))
+        / tokens,
         "reward": reduce(masked_sum(experience.rewards, mask)) / sequences,
         "length": tokens / sequences,
         "eos_share": reduce(experience.has_eos.float().sum()) / sequences,
@@ -65,6 +73,13 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
         "explained_variance": explained_variance(experience.old_values, experience.returns, mask, reduce),
     }
     return {name: float(value) for name, value in metrics.items()} | {"kl_coef": config.kl_coef}
+
+
+def correlation(a: Tensor, b: Tensor, reduce: Reduce) -> Tensor:
+    """Pearson's correlation of a and b (B,) over all processes; 0 where one of them is the same everywhere."""
+    x, y = (v.double() - masked_moments(v[None], torch.ones_like(v[None]).bool(), reduce)[0] for v in (a, b))
+    xx, yy, xy = reduce(torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()]))
+    return xy / (xx * yy).sqrt().clamp(min=1e-12)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ from pipeline.run import StageRun
 from pipeline.scoring import fitted_judge, reward_model_scores
 from pipeline.tensors import masked_mean
 
+EXTREMES = {"ratio_min": torch.amin, "ratio_max": torch.amax}  # of an update, where all else is a mean
 MOST_SKIPPED = 5  # optimiser steps in a row without a finite gradient before the run is stopped
 
 
@@ -85,7 +86,8 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         reference = make_reference(actor_critic, accelerator)
         optimizer, scheduler = make_optimizer(actor_critic, config)
         prepared, optimizer = accelerator.prepare(actor_critic.eval(), optimizer)
-        set_seed(config.run.seed, device_specific=True)  # other samples on every process
+        # Other samples on every process; not seed + 1, which is another run's.
+        set_seed(config.run.seed + 100_003 * accelerator.process_index)
 
         prompts = read_prompts(config.train_file, 0, tokenizer, config)
         held_out = read_prompts(config.validation_file, config.eval_prompts, tokenizer, config)
@@ -220,7 +222,10 @@ def update(
                     loss, sums = ppo_loss(actor_critic, part, config, tokens, trains_policy)
                     # DDP averages gradients over processes; the sum over tokens wants their total.
                     accelerator.backward(loss * accelerator.num_processes)
-                step = {name: step.get(name, torch.zeros(())) + value for name, value in sums.items()}
+                step = {
+                    name: EXTREMES.get(name, torch.sum)(torch.stack([step[name], value]), 0) if step else value
+                    for name, value in sums.items()
+                }
             norm = accelerator.clip_grad_norm_(actor_critic.parameters(), config.max_grad_norm)
             if norm.isfinite():  # the same on every process, since gradients are averaged before
                 optimizer.step()
@@ -242,10 +247,13 @@ def update(
             steps = statistics["approx_kl"][-config.minibatches :]
             if accelerator.reduce(torch.stack(steps).mean(), "sum") > 1.5 * config.target_kl:
                 break
-    names = sorted(statistics)
-    means = torch.stack([torch.stack(statistics[name]).mean() for name in names]) if names else torch.zeros(0)
-    metrics = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
-    return metrics | {"update_epochs": epochs, "skipped_updates": skips}, skipped
+    metrics: dict[str, float] = {"update_epochs": epochs, "skipped_updates": skips}
+    for name, values in sorted(statistics.items()):
+        if name in EXTREMES:
+            metrics[name] = EXTREMES[name](accelerator.gather(torch.stack(values)), 0).item()
+        else:
+            metrics[name] = accelerator.reduce(torch.stack(values).mean(), "sum").item()
+    return metrics, skipped
 
 
 def adapted(config: PPO, kl: float) -> PPO:
@@ -285,6 +293,8 @@ def ppo_loss(
         "clip_fraction": mean(policy_stats["clipped"].float()),
         "value_clip_fraction": mean(value_stats["clipped"].float()),
         "ratio": mean(policy_stats["ratio"]),
+        "ratio_min": policy_stats["ratio"].masked_fill(~mask, torch.inf).min(),
+        "ratio_max": policy_stats["ratio"].masked_fill(~mask, 0).max(),
     }
     return loss, {name: value.detach() for name, value in means.items()}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.advantages import clip_scores, gae, kl_k1, replace_missing_eos, token_rewards
@@ -39,6 +39,7 @@ class Rollout:
     response_mask: Tensor  # (B, T) boolean, EOS included
     length: Tensor  # (B,) response tokens, EOS included
     has_eos: Tensor  # (B,) boolean
+    sampled_logprobs: Tensor  # (B, T) nats, by the sampler's own forwards
 
     @property
     def size(self) -> int:
@@ -57,7 +58,8 @@ class Experience:
     attention_mask: Tensor  # (B, S) boolean
     response_mask: Tensor  # (B, T) boolean
     has_eos: Tensor  # (B,) boolean
-    old_logprobs: Tensor  # (B, T) nats
+    sampled_logprobs: Tensor  # (B, T) nats, by the sampler's own forwards
+    old_logprobs: Tensor  # (B, T) nats, by the forward that trains
     old_values: Tensor  # (B, T) reward units
     kl: Tensor  # (B, T) nats, k1 estimate against the reference
     scores: Tensor  # (B,) as the reward says, before they are clipped and a missing EOS replaces them
@@ -88,6 +90,25 @@ class Experience:
         return Experience(**{name: x[:, masks[x.shape[1]]] if x.ndim == 2 else x for name, x in tensors.items()})
 
 
+class SampledLogprobs(LogitsProcessor):
+    """Takes the log-probability of each token as `generate` samples it, and keeps no more logits than one token's."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.found: list[Tensor] = []
+        self.log_p: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns scores (B, V) as they are; input_ids (B, S) end with the token sampled from the scores before."""
+        self.take(input_ids)
+        self.log_p = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def take(self, input_ids: Tensor) -> None:
+        if self.log_p is not None:
+            self.found.append(self.log_p.gather(1, input_ids[:, -1:]))
+
+
 @torch.no_grad()
 def generate(
     policy: Policy,
@@ -109,17 +130,30 @@ def generate(
     model.generation_config = config  # a setting left open, such as min_new_tokens, would be taken from the model's own
     was_training = model.training
     model.eval()
+    sampled = SampledLogprobs(sampling.temperature)
     output = model.generate(  # type: ignore[operator]  # declared by a mixin that mypy does not see
-        input_ids=ids, attention_mask=prompt_mask.long(), use_cache=True, streamer=streamer
+        input_ids=ids,
+        attention_mask=prompt_mask.long(),
+        use_cache=True,
+        streamer=streamer,
+        logits_processor=[sampled],
     )
+    sampled.take(output)
     model.train(was_training)
     responses = output[:, ids.shape[1] :]
-    responses = nn.functional.pad(
-        responses, (0, sampling.max_new_tokens - responses.shape[1]), value=tokenizer.pad_token_id
-    )
+    rest = (0, sampling.max_new_tokens - responses.shape[1])
+    responses = nn.functional.pad(responses, rest, value=tokenizer.pad_token_id)
+    logprobs = nn.functional.pad(torch.cat(sampled.found, 1), rest)
     length, has_eos = response_length(responses, tokenizer.eos_token_id)
     mask = response_mask(length, sampling.max_new_tokens)
-    return Rollout(torch.cat([ids, responses], 1), torch.cat([prompt_mask, mask], 1), mask, length, has_eos)
+    return Rollout(
+        input_ids=torch.cat([ids, responses], 1),
+        attention_mask=torch.cat([prompt_mask, mask], 1),
+        response_mask=mask,
+        length=length,
+        has_eos=has_eos,
+        sampled_logprobs=logprobs,
+    )
 
 
 def read_prompts(
@@ -183,6 +217,7 @@ def to_experience(
         attention_mask=rollout.attention_mask,
         response_mask=mask,
         has_eos=rollout.has_eos,
+        sampled_logprobs=rollout.sampled_logprobs,
         old_logprobs=old_logprobs,
         old_values=old_values,
         kl=kl,

@@ -16,7 +16,7 @@ from pipeline.config import PPO, SFT, Chat, ConfigError, Evaluate, Merge, Pretra
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = (Pretrain, SFT, Reward, PPO, Merge, Evaluate, Chat)
-PLACES = {"runs", "report_to", "train_file", "validation_file", "sft", "reward"}
+PLACES = {"runs", "report_to", "train_file", "validation_file", "sft", "reward", "judge_file"}
 
 
 @pytest.fixture
@@ -46,6 +46,13 @@ def refused(capsys):
         return err.removeprefix("error: ").rstrip("\n")
 
     return refused
+
+
+def test_the_defaults_of_ppo_are_those_that_its_page_argues_for():
+    config = PPO()
+    assert (config.gamma, config.lam, config.clip, config.adam_eps) == (1.0, 0.95, 0.2, 1e-5)
+    assert (config.missing_eos_score, config.critic_warmup, config.entropy_coef) == (-1.0, 10, 0.0)
+    assert (config.critic, config.max_grad_norm, config.adaptive_kl) == ("reward", 1.0, None)
 
 
 def test_an_empty_file_means_the_defaults(write):
@@ -246,7 +253,7 @@ def test_a_resolved_config_parses_to_itself(write):
 
 def test_identity_leaves_out_places_and_nothing_else():
     moved = dataclasses.replace(PPO(), run=dataclasses.replace(PPO().run, runs="elsewhere", report_to="none"))
-    moved = dataclasses.replace(moved, sft="a", reward="b", train_file="c", validation_file="d")
+    moved = dataclasses.replace(moved, sft="a", reward="b", train_file="c", validation_file="d", judge_file="e")
     assert identity(moved) == identity(PPO())
     assert set(flat(PPO())) - set(identity(PPO())) == PLACES
     for changed in (

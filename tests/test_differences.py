@@ -1,4 +1,4 @@
-"""The numbers of docs/ppo-differences.md: each convention of the peers beside ours, on an example that tells them apart.
+"""The numbers of docs/ppo-differences.md: the conventions of the peers beside ours, on examples that tell them apart.
 
 A peer's convention is written here in a line or two; what it gives was compared with the peer's own code when the page
 was written. That ours is right follows in each test from a definition, not from our code.

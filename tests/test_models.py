@@ -9,7 +9,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.config import Adapter, Pretrain
 from pipeline.data import decode
@@ -327,6 +334,28 @@ def test_a_new_reward_model_is_the_trunk_with_a_fresh_head(kind, make_model, sav
     assert abs(weights.mean().item()) < 4 * 17**-0.5 / math.sqrt(12 * 16)
     assert models[0].config.score_shift == 0
     assert models[0].config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_head_of_a_wide_reward_model_starts_small(tokenizer, tmp_path):
+    sizes = {"hidden_size": 768, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    save_policy(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids)), tokenizer, tmp_path)
+    torch.manual_seed(0)
+    weight = head_weight(new_reward_model(tmp_path, tokenizer))
+    assert weight.std().item() == pytest.approx(0.03606, rel=4 / math.sqrt(2 * 768))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_reward_model_has_no_dropout(kind, make_model, tokenizer, tmp_path):
+    save_policy(make_model(kind, dropout=0.3), tokenizer, tmp_path / "sft")
+    new_reward_model(tmp_path / "sft", tokenizer).save_pretrained(tmp_path / "reward")
+    loaded = load_reward_model(tmp_path / "reward").train()
+    assert torch.equal(logits(loaded), logits(loaded))
+
+
+def test_weights_are_float32_whatever_was_saved(make_model, tokenizer, tmp_path):
+    save_policy(make_model("gpt2").bfloat16(), tokenizer, tmp_path)
+    assert {p.dtype for p in load_language_model(tmp_path).parameters()} == {torch.float32}
 
 
 def test_a_reward_model_on_an_adapter_starts_from_the_merged_weights(make_model, tokenizer, tmp_path):

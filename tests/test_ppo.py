@@ -10,8 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline import monitor, ppo, pretrain, reward, sft
+from pipeline.advantages import adapted_kl_coef
 from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Reward, Run, Sampling
 from pipeline.models import (
     ActorCritic,
@@ -209,6 +211,42 @@ def test_the_first_step_starts_at_the_rollouts_policy_exactly(actor_critic, expe
     assert sums["policy_loss"].item() == pytest.approx(-mean_advantage.item(), abs=1e-6)
 
 
+def test_in_bfloat16_too_the_first_ratio_is_one_exactly(actor_critic, reward_model, tokenizer):
+    """Rollout and update under one autocast and on the same rows; under two kinds of arithmetic it would not be."""
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = rollout_of(actor_critic, tokenizer)
+        reference = ppo.make_reference(actor_critic, Accelerator(cpu=True))
+        made = to_experience(
+            rollout, actor_critic, reference, partial(reward_model_scores, reward_model), CONFIG, identity
+        )
+        assert (made.kl == 0).all()
+        ratios = [
+            ppo.ppo_loss(actor_critic, made[rows], CONFIG, made.response_mask[rows].sum(), True)[1]
+            for rows in torch.arange(8).split(CONFIG.micro_batch)
+        ]
+    assert {sums["approx_kl"].item() for sums in ratios} == {0.0}
+    assert all(sums["ratio_min"] == sums["ratio_max"] == 1 for sums in ratios)
+    assert made.old_logprobs.dtype == made.old_values.dtype == torch.float32
+    _, sums = ppo.ppo_loss(actor_critic, made, CONFIG, made.response_mask.sum(), True)
+    assert sums["approx_kl"] > 1e-7
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_what_stands_in_masked_slots_changes_neither_update_nor_metrics(poison, actor_critic, experience, accelerator):
+    def spoilt(x):
+        return torch.where(experience.response_mask, x, poison)
+
+    names = ("sampled_logprobs", "old_logprobs", "old_values", "kl", "rewards", "returns", "advantages")
+    dirty = dataclasses.replace(experience, **{name: spoilt(getattr(experience, name)) for name in names})
+    results = []
+    for given in (experience, dirty):
+        module = copy.deepcopy(actor_critic)
+        metrics = run_update(module, given, accelerator, dataclasses.replace(CONFIG, entropy_coef=0.1))
+        results.append((metrics, monitor.rollout_metrics(given, accelerator, CONFIG), weights(module)))
+    assert results[0][:2] == results[1][:2]
+    assert all(torch.equal(results[0][2][name], results[1][2][name]) for name in results[0][2])
+
+
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_the_gradient_does_not_depend_on_the_micro_batch(micro, actor_critic, experience):
     config = dataclasses.replace(CONFIG, entropy_coef=0.3)
@@ -220,6 +258,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(micro, actor_critic, ex
         for rows in torch.arange(8).split(size):
             loss, sums = ppo.ppo_loss(actor_critic, moved[rows], config, moved.response_mask.sum(), True)
             loss.backward()
+            for name in ppo.EXTREMES:
+                sums.pop(name)
             totals = {name: totals.get(name, 0) + value.item() for name, value in sums.items()}
         return torch.cat([parameter.grad.flatten() for parameter in actor_critic.parameters()]), totals
 
@@ -227,6 +267,19 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(micro, actor_critic, ex
     assert whole.abs().max() > 1e-2
     torch.testing.assert_close(parts, whole, atol=1e-6 * max(1.0, whole.abs().max().item()), rtol=1e-5)
     assert part_totals == pytest.approx(totals, abs=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 64])
+def test_the_extreme_ratios_are_those_of_all_steps(micro_batch, actor_critic, experience, accelerator):
+    """Old log-probabilities moved on one token up and one down: with no learning rate these are the extremes."""
+    moved = experience.old_logprobs.clone()
+    rows = experience.response_mask.sum(1).argsort()
+    moved[rows[-1], 1] += 1.5
+    moved[rows[0], 0] -= 0.8
+    config = dataclasses.replace(CONFIG, micro_batch=micro_batch, learning_rate=0.0, critic_learning_rate=0.0)
+    metrics = run_update(actor_critic, dataclasses.replace(experience, old_logprobs=moved), accelerator, config)
+    assert metrics["ratio_min"] == pytest.approx(math.exp(-1.5), abs=1e-4)
+    assert metrics["ratio_max"] == pytest.approx(math.exp(0.8), abs=1e-4)
 
 
 def test_update_accumulates_the_gradient_of_the_whole_minibatch(actor_critic, experience, accelerator):
@@ -321,6 +374,20 @@ def test_policy_and_critic_move_and_the_reference_does_not(
     assert same(reward_model, frozen_before)
 
 
+def test_one_step_changes_nearly_every_weight_that_has_a_gradient(actor_critic, experience, accelerator):
+    """Weights are float32: a step of 1e-6 would be lost in bfloat16, whose numbers lie 2^-8 apart."""
+    config = dataclasses.replace(CONFIG, epochs=1, minibatches=1, learning_rate=1e-6, critic_learning_rate=1e-6)
+    before, gradients = weights(actor_critic), {}
+    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.abs() > 1e-5 for n, p in actor_critic.named_parameters()})
+    )
+    ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
+    moved = torch.cat([(p != before[n])[gradients[n]] for n, p in actor_critic.named_parameters()])
+    assert len(moved) > 3000
+    assert moved.float().mean() > 0.9
+
+
 def test_in_warm_up_only_the_critic_learns(actor_critic, experience, accelerator):
     policy, critic = weights(actor_critic.policy), weights(actor_critic.critic)
     config = dataclasses.replace(CONFIG, entropy_coef=0.1)
@@ -378,7 +445,7 @@ def test_a_reference_that_is_not_the_policy_stops_the_first_rollout_only(experie
 
 
 def test_metrics_are_those_of_numpy(experience, accelerator):
-    metrics = monitor.rollout_metrics(experience, accelerator, CONFIG)
+    metrics = monitor.rollout_metrics(experience, accelerator, dataclasses.replace(CONFIG, score_clip=0.3))
     mask = experience.response_mask
     rows = [experience.kl[row, mask[row]].double() for row in range(8)]
     tokens = torch.cat(rows)
@@ -387,17 +454,30 @@ def test_metrics_are_those_of_numpy(experience, accelerator):
     expected = {
         "score": scores.mean(),
         "score_std": scores.std(correction=0),
+        "score_clipped": (scores.abs() > 0.3).double().mean(),
+        "score_length_correlation": torch.corrcoef(torch.stack([scores, mask.sum(1).double()]))[0, 1],
         "kl": sum(row.sum() for row in rows) / 8,
         "kl_per_token": tokens.mean(),
         "kl_k3_per_token": ((-tokens).exp() - 1 + tokens).mean(),
         "reward": torch.where(experience.has_eos, scores, -1.0).mean() - 0.2 * sum(row.sum() for row in rows) / 8,
+        "reference_perplexity": (-(experience.old_logprobs - experience.kl)[mask].double().mean()).exp(),
+        "sampling_difference": (experience.old_logprobs - experience.sampled_logprobs)[mask].abs().mean(),
         "length": torch.tensor(len(tokens) / 8),
         "eos_share": experience.has_eos.double().mean(),
         "return": returns.mean(),
         "explained_variance": 1 - (returns - values).var() / returns.var(),
         "kl_coef": 0.2,
     }
-    assert metrics == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-4)
+    assert 0 < expected["score_clipped"] < 1
+    assert metrics == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-4, rel=1e-5)
+    assert metrics["sampling_difference"] < 1e-4
+    assert monitor.rollout_metrics(experience, accelerator, CONFIG)["score_clipped"] == 0
+
+
+def test_a_correlation_with_what_never_changes_is_zero():
+    same, other = torch.full((7,), 0.1), torch.arange(7.0)
+    assert abs(monitor.correlation(same, other, identity).item()) < 1e-3
+    assert monitor.correlation(other, -2 * other + 1, identity).item() == pytest.approx(-1)
 
 
 # learning
@@ -432,7 +512,7 @@ def share_of(token, ids, mask):
     return ((ids[:, -6:] == token) & mask[:, -6:]).sum(1) / 6
 
 
-@pytest.mark.parametrize("kl_coef", [0.01, 20.0])
+@pytest.mark.parametrize("kl_coef", [0.01, 10.0])
 def test_ppo_learns_to_write_one_token_unless_the_kl_forbids_it(
     kl_coef, make_model, tokenizer, reward_model, accelerator
 ):
@@ -463,6 +543,17 @@ def test_ppo_learns_to_stop(make_model, tokenizer, reward_model, accelerator):
     assert history[0]["length"] > 4
     assert history[-1]["length"] < 1.5
     assert history[-1]["eos_share"] > 0.9
+
+
+def test_ppo_learns_to_end_when_only_a_whole_response_is_paid(make_model, tokenizer, reward_model, accelerator):
+    """Score +1 for each, which a missing EOS replaces by -1."""
+    config = dataclasses.replace(LEARNING, missing_eos_score=-1.0, epochs=2, learning_rate=1e-3)
+    history = learn(
+        make_model, tokenizer, Critic(reward_model), lambda ids, mask: torch.ones(len(ids)), config, 20, accelerator
+    )
+    assert history[0]["eos_share"] < 0.7
+    assert history[-1]["eos_share"] > 0.95
+    assert history[-1]["length"] > 1.2  # no more is paid for ending at once
 
 
 def test_a_head_on_the_policys_trunk_learns_with_it(make_model, tokenizer, reward_model, accelerator):
@@ -602,6 +693,27 @@ def test_a_critic_from_sft_starts_at_zero_on_its_trunk(parents):
         assert not critic(ids, torch.ones_like(ids).bool()).any()
         assert torch.equal(critic.model.base_model(ids).last_hidden_state, sft.base_model(ids).last_hidden_state)
     assert all(parameter.requires_grad for parameter in critic.parameters())
+
+
+def test_the_kl_coefficient_of_a_run_follows_its_kl(parents, tmp_path):
+    config = stage_config(parents, tmp_path, rollouts=5, adaptive_kl=0.001, adaptive_kl_horizon=20, learning_rate=0.02)
+    rows = [row for row in logged(ppo.train(config)) if "ratio" in row]
+    assert [row["kl_coef"] for row in rows[:3]] == pytest.approx([0.1, 0.1 * 0.92, 0.1 * 0.92**2])  # KL is 0 so far
+    for before, after in itertools.pairwise(rows):
+        expected = adapted_kl_coef(before["kl_coef"], before["kl"], 0.001, 8, 20)
+        assert after["kl_coef"] == pytest.approx(expected, rel=1e-12)
+    assert rows[-1]["kl_coef"] > rows[-2]["kl_coef"]
+    rewards = [row["reward"] + row["kl_coef"] * row["kl"] for row in rows]  # what is left is the score that was used
+    assert all(-1 <= used <= max(row["score"] for row in rows) + 1 for used in rewards)
+
+
+def test_a_run_makes_as_many_optimiser_steps_as_its_dials_say(parents, tmp_path):
+    """The prompts are read four times over: the end of a pass is no reason for a step."""
+    steps = []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    ppo.train(stage_config(parents, tmp_path, rollouts=8, micro_batch=1))
+    handle.remove()
+    assert len(steps) == 8 * 2 * 2
 
 
 def test_judges_are_heard_in_evaluations_alone(parents, tmp_path):

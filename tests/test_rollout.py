@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import PPO, Adapter, Sampling, UserError
 from pipeline.data import decode, preference_rows, text_ids
-from pipeline.models import ActorCritic, Critic, response_logprobs, with_adapter
+from pipeline.models import ActorCritic, Critic, response_logprobs, train_tokenizer, with_adapter
 from pipeline.ppo import ppo_loss
 from pipeline.rollout import Experience, Rollout, generate, read_prompts, to_experience
 from pipeline.scoring import reward_model_scores
@@ -44,7 +45,31 @@ def test_what_is_sampled_is_what_is_scored(policy, tokenizer):
     ours, _ = response_logprobs(policy, rollout.input_ids, rollout.attention_mask, rollout.size, 0.7, PAD)
     mask = rollout.response_mask[:, : sampled.shape[1]]
     torch.testing.assert_close(ours[:, : sampled.shape[1]][mask].double(), expected[mask], atol=1e-4, rtol=0)
+    theirs = rollout.sampled_logprobs[:, : sampled.shape[1]]
+    torch.testing.assert_close(theirs[mask].double(), expected[mask], atol=1e-5, rtol=0)
     assert scores.isneginf().sum() == scores[..., PAD].isneginf().sum() == scores[..., 0].numel()
+
+
+def test_nothing_is_left_out_of_a_large_vocabulary():
+    """512 draws from 300 equally likely tokens: transformers' own top-k of 50 would show."""
+    tokenizer = train_tokenizer("bpe", ["the cat sat on the mat, and the dog sat on the cat"], 300)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    torch.manual_seed(0)
+    rollout = generate(model, tokenizer, ["the"] * 512, Sampling(max_new_tokens=1, max_prompt_tokens=4))
+    count = len(tokenizer) - 1  # padding aside
+    assert len(set(rollout.responses.flatten().tolist())) == pytest.approx(
+        count * (1 - math.exp(-512 / count)), rel=0.1
+    )
+    torch.testing.assert_close(rollout.sampled_logprobs, torch.full((512, 1), -math.log(count)))
+
+
+def test_the_cache_is_used_while_sampling(policy, tokenizer):
+    widths = []
+    policy.register_forward_pre_hook(lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    sample(policy, tokenizer)
+    assert widths == [9] + [1] * 10
 
 
 def test_a_rollout_is_ragged_and_ends_at_eos(policy, tokenizer):
@@ -175,7 +200,7 @@ def rollout_of(responses, eos):
     prompts, prompt_mask = torch.tensor([[PAD, BOS, 7]] * len(responses)), torch.tensor([[False, True, True]])
     return Rollout(
         torch.cat([prompts, tokens], 1), torch.cat([prompt_mask.expand(len(responses), 3), mask], 1),
-        mask, length, torch.tensor(eos),
+        mask, length, torch.tensor(eos), torch.where(mask, -0.5, 0.0),
     )  # fmt: skip
 
 
@@ -221,10 +246,10 @@ def test_micro_batches_hold_each_row_once_and_no_column_of_padding(size, policy,
     """NaN stands wherever a row of the experience has no token: what is cut away or kept is seen by it."""
     rollout = sample(policy, tokenizer)
     mask, rows = rollout.response_mask, torch.tensor([6, 0, 3, 2, 7])
-    per_token = [torch.rand(mask.shape).masked_fill(~mask, torch.nan) for _ in range(6)]
+    per_token = [torch.rand(mask.shape).masked_fill(~mask, torch.nan) for _ in range(7)]
     experience = Experience(
-        rollout.input_ids, rollout.attention_mask, mask, rollout.has_eos, *per_token[:3], torch.arange(8.0),
-        *per_token[3:],
+        rollout.input_ids, rollout.attention_mask, mask, rollout.has_eos, *per_token[:4], torch.arange(8.0),
+        *per_token[4:],
     )  # fmt: skip
     parts = experience.micro_batches(rows, size)
     assert [len(part) for part in parts] == [size] * (5 // size) + [5 % size] * (5 % size > 0)

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from pipeline import scoring
+from pipeline.models import head_outputs
 from pipeline.scoring import fitted_judge, reward_model_scores
 
 IDS = torch.tensor([[1, 6, 4, 9, 12, 2], [1, 8, 5, 2, 0, 0], [1, 8, 2, 0, 0, 0]])
@@ -38,6 +39,14 @@ def test_the_mask_says_what_is_padding_and_not_the_token(reward_model):
     assert torch.equal(reward_model_scores(reward_model, torch.where(MASK, IDS, 9), MASK), expected)
     counted = reward_model_scores(reward_model, IDS, torch.ones_like(MASK))  # padding that is told to be real
     assert (counted - expected)[1:].abs().min() > 1e-3
+
+
+def test_the_score_is_read_at_the_last_real_token_by_hand(reward_model):
+    """Of [pad, 5, 6 | 7, 9, pad, pad] at index 4, of [4, 5, 6 | 7, 8, 7, 8] at index 6."""
+    ids = torch.tensor([[0, 5, 6, 7, 9, 0, 0], [4, 5, 6, 7, 8, 7, 8]])
+    outputs = head_outputs(reward_model, ids, ids != 0, reward_model.config.score_shift)
+    scores = reward_model_scores(reward_model, ids, ids != 0)
+    assert torch.equal(scores, outputs[[0, 1], [4, 6]])
 
 
 # judges
