@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("tensors", "losses", "advantages", "rollout", "ppo")
+FILES = ("tensors", "losses", "advantages", "rollout", "ppo", "monitor")
 TESTS = {
     "tensors": ("tensors", "golden", "rollout", "parity", "ppo"),
     "losses": ("losses", "golden", "parity", "trainers"),
     "advantages": ("advantages", "golden", "parity", "rollout", "ppo"),
     "rollout": ("rollout", "parity", "ppo"),
     "ppo": ("parity", "ppo"),
+    "monitor": ("ppo",),
     "models": ("models", "parity", "rollout", "ppo"),
     "scoring": ("scoring", "parity", "rollout"),
     "data": ("data", "rollout"),
@@ -97,8 +98,18 @@ PLANTED = [
     ("ppo", "(actor_critic.critic, config.critic_learning_rate)", "(actor_critic.critic, config.learning_rate)", "the critic's rate is the policy's"),
     ("ppo", "with reference_role(actor_critic.policy):", "if True:", "the reference learns with the policy"),
     ("ppo", "if norm.isfinite():", "if True:", "steps into NaN"),
+    ("ppo", "config = adapted(config, metrics[\"kl\"])", "adapted(config, metrics[\"kl\"])", "the adaptive coefficient is not used"),
+    ("ppo", "trains_policy = step >= config.critic_warmup", "trains_policy = step > config.critic_warmup", "the warm-up lasts one rollout too long"),
+    ("ppo", "if wrong or config.keep == \"best\" else last", "if config.keep == \"best\" else last", "a collapsed policy is kept"),
+    ("monitor", "last[\"eval_kl\"] > config.kl_budget", "first[\"eval_kl\"] > config.kl_budget", "the KL budget watches SFT"),
+    ("monitor", "\"kl\": reduce(kl) / sequences", "\"kl\": reduce(kl) / tokens", "KL per token called KL per response"),
     ("models", "[:, -size - 1 : -1]", "[:, -size:]", "values after the token"),
-    ("models", "logits_to_keep=size + 1,\n    ).logits[:, :-1]", "logits_to_keep=size,\n    ).logits", "log-probabilities of the next token"),
+    ("models", "output.logits[:, :-1]", "output.logits[:, 1:]", "log-probabilities of the next token"),
+    ("models", "output.hidden_states[-1][:, -size - 1 : -1]", "output.hidden_states[-1][:, -size:]", "values of a head after the token"),
+    ("models", "self.critic(hidden if trains_policy else hidden.detach())", "self.critic(hidden)", "the critic's warm-up moves the policy"),
+    ("models", "classifier.config.score_shift = -self.bias.item()", "classifier.config.score_shift = 0.0", "a value head's bias lost when saved"),
+    ("models", "    if heads:\n", "    if False:\n", "a reward model taken for a policy"),
+    ("models", 'if info["missing_keys"] or info["unexpected_keys"]:', "if False:", "a random head in place of a missing one"),
     ("models", "logits_without(logits, [pad_id])", "logits", "padding can be emitted when scored"),
     ("models", "top_k=0,", "", "transformers' own top-k of 50"),
     ("scoring", "model.config.score_shift)", "0.0)", "the score is not centred"),

@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -778,6 +779,23 @@ def test_empty_responses_are_responses(make_model, tokenizer, reward_model, acce
     assert found.metrics["eval_duplicates"] == pytest.approx(7 / 8)
     ppo.evaluated(Silent(), 0, found, actor_critic, [])
     assert "ended by itself" not in capsys.readouterr().out
+
+
+def test_every_figure_is_in_the_glossary(parents, tmp_path):
+    glossary = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("## Metrics")[1]
+    names = {
+        name for cell in re.findall(r"^\| (.*?) \|", glossary, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    }
+    rows = logged(ppo.train(stage_config(parents, tmp_path, rollouts=2)))
+    rollout, evaluation = ({key for row in rows if kind in row for key in row} for kind in ("ratio", "eval_kl"))
+    assert rollout - {"step"} - names == set()
+    assert {name.removeprefix("eval_") for name in evaluation} - {"step"} - {
+        n.removeprefix("eval_") for n in names
+    } == set()
+    assert rollout >= {
+        "score", "score_std", "kl", "reward", "kl_coef", "approx_kl", "clip_fraction", "ratio", "entropy", "value_loss",
+        "value_clip_fraction", "explained_variance", "return", "length", "eos_share", "grad_norm", "learning_rate",
+    }  # fmt: skip
 
 
 def test_the_best_policy_is_kept_or_the_last(parents, tmp_path):
