@@ -3,7 +3,8 @@
     python benchmarks/seeds.py --seeds 1 2 3 [--runs runs] [--jobs 1]
 
 Each seed is a chain of its own under <runs>/seed<k>/ (finished stages are skipped), from tokenizer to evaluation. The
-table goes to docs/results.md with the mean over seeds and its 95 % interval (Student t over seeds: wide with three).
+table goes to docs/results.md with the mean over seeds and its 95 % interval (Student t over seeds: wide with three),
+PPO's curves to docs/curves/imdb.png and imdb_full.png.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
+
+from plots import draw
 
 from pipeline.judges import mean_ci
 from pipeline.report import TITLES, bounds, interval, markdown_table
@@ -56,6 +59,14 @@ def chain(seed: int, runs: Path, jobs: int) -> dict[str, Any]:
     return reports
 
 
+PANELS = {
+    "eval_score": "validation: score (reward units)",
+    "eval_vader": "validation: VADER compound",
+    "eval_classifier": "validation: P(positive) by judge 2",
+    "kl": "KL to SFT (nats per response)",
+    "entropy": "entropy (nats per token)",
+    "length": "length (tokens)",
+}
 KINDS = {"lora": "LoRA PPO", "full": "full PPO"}
 
 
@@ -158,6 +169,10 @@ def main() -> None:
     given = parser.parse_args()
     with ThreadPoolExecutor(given.jobs) as pool:
         reports = list(pool.map(lambda seed: chain(seed, given.runs, given.jobs), given.seeds))
+    for recipe in ("imdb", "imdb_full"):
+        folders = {f"seed {seed}": given.runs / f"seed{seed}" / recipe / "ppo" for seed in given.seeds}
+        colours = {name: (folder, f"C{n}") for n, (name, folder) in enumerate(folders.items())}
+        draw(Path("docs/curves") / f"{recipe}.png", PANELS, colours)
     lines = page(given.seeds, reports)
     Path("docs/results.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))

@@ -4,11 +4,10 @@ import copy
 import json
 import math
 import re
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
+import seeds
 from scipy import stats
 
 from pipeline.evaluate import Responses, compare, headline, health
@@ -236,15 +235,13 @@ def test_what_is_written_reads_back(report, tmp_path):
 
 
 def test_the_page_over_seeds_has_every_seed_policy_and_interval(report):
-    page_over_seeds = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "seeds.py"))["page"]
-
     def seed(shift: float) -> dict:
         test = {name: {"value": value + shift} for name, value in accuracies.items()}
         stages = {"pretrain": {"validation_loss": 4 + shift, "bits_per_byte": 1.8}, "sft": {"validation_loss": 3.8}}
         return stages | {"reward": {"test": test}, "lora": report, "full": report}
 
     accuracies = {"accuracy": 0.75, "linear_baseline": 0.8, "longer_wins": 0.5}
-    text = "\n".join(page_over_seeds([7, 8, 9], [seed(0.01), seed(0.02), seed(0.03)]))
+    text = "\n".join(seeds.page([7, 8, 9], [seed(0.01), seed(0.02), seed(0.03)]))
     half = stats.t.ppf(0.975, 2) * 0.01 / math.sqrt(3)
     assert f"| 0.770 [{0.77 - half:.3f}, {0.77 + half:.3f}] | 0.760, 0.770, 0.780 |" in text
     judge = report["ppo_against_sft"]["vader"]["difference"]

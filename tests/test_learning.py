@@ -2,15 +2,11 @@
 
 import itertools
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import learning
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import learning
 
 from pipeline.models import train_tokenizer
 
