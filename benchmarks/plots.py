@@ -33,6 +33,8 @@ def draw(
             axis.plot(*zip(*series(folder)[metric], strict=True), color=colour, label=label)
         if optimum and metric in optimum:
             axis.axhline(optimum[metric], color="0.4", linestyle=":", label="optimum")
+        if metric == "explained_variance":  # without bound below, where a rollout's returns are all alike
+            axis.set_ylim(bottom=max(-1, axis.get_ylim()[0]))
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
     axes[1, 1].set_xlabel("rollout", fontsize=9)
