@@ -110,7 +110,7 @@ PLANTED = [
     ("models", "classifier.config.score_shift = -self.bias.item()", "classifier.config.score_shift = 0.0", "a value head's bias lost when saved"),
     ("models", "    if heads:\n", "    if False:\n", "a reward model taken for a policy"),
     ("models", 'if info["missing_keys"] or info["unexpected_keys"]:', "if False:", "a random head in place of a missing one"),
-    ("models", "logits_without(logits, [pad_id])", "logits", "padding can be emitted when scored"),
+    ("models", "logits_without(output.logits[:, :-1], [pad_id])", "output.logits[:, :-1]", "padding can be emitted when scored"),
     ("models", "top_k=0,", "", "transformers' own top-k of 50"),
     ("scoring", "model.config.score_shift)", "0.0)", "the score is not centred"),
     ("scoring", "torch.where(attention_mask, positions, -1).amax(1)", "attention_mask.sum(1) - 1", "the last token under left padding"),
