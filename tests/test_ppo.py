@@ -859,6 +859,22 @@ def test_the_alarm_names_what_it_saw(metrics, says):
     assert monitor.alarm([evaluation_with(), evaluation_with(**metrics)], silent) == ""
 
 
+@pytest.mark.parametrize(("keep", "kl", "kept"), [("last", 0.0, 1), ("best", 0.0, 0), ("last", 11.0, 0)])
+def test_an_alarm_goes_back_whatever_is_to_be_kept(keep, kl, kept, actor_critic):
+    """The first evaluation has the higher reward; the second is the last, within its KL budget or over it."""
+    config = dataclasses.replace(CONFIG, keep=keep, kl_budget=10.0)
+    history = [ppo.evaluated(Silent(), 0, evaluation_with(reward=1.0), actor_critic, [])]
+    before = weights(actor_critic)
+    with torch.no_grad():
+        for parameter in actor_critic.parameters():
+            parameter.add_(1.0)
+    history.append(ppo.evaluated(Silent(), 1, evaluation_with(reward=0.5, kl=kl), actor_critic, history))
+    metrics = ppo.keep(history, actor_critic, config)
+    assert metrics["kept_rollout"] == kept
+    assert bool(metrics["stopped"]) == (kl > 10)
+    assert same(actor_critic, before) == (kept == 0)
+
+
 def test_little_repetition_may_grow_by_a_twentieth():
     first = evaluation_with(repetition=0.02)
     assert monitor.alarm([first, evaluation_with(repetition=0.069)], CONFIG) == ""
