@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pipeline import monitor, ppo, pretrain, reward, sft
 from pipeline.advantages import adapted_kl_coef
 from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Reward, Run, Sampling
+from pipeline.data import decode
 from pipeline.models import (
     ActorCritic,
     Critic,
@@ -281,6 +282,8 @@ def test_the_extreme_ratios_are_those_of_all_steps(micro_batch, actor_critic, ex
     metrics = run_update(actor_critic, dataclasses.replace(experience, old_logprobs=moved), accelerator, config)
     assert metrics["ratio_min"] == pytest.approx(math.exp(-1.5), abs=1e-4)
     assert metrics["ratio_max"] == pytest.approx(math.exp(0.8), abs=1e-4)
+    lower = dataclasses.replace(experience, old_logprobs=experience.old_logprobs - 0.5)  # padding is at ratio 1
+    assert run_update(actor_critic, lower, accelerator, config)["ratio_min"] == pytest.approx(math.exp(0.5), abs=1e-4)
 
 
 def test_update_accumulates_the_gradient_of_the_whole_minibatch(actor_critic, experience, accelerator):
@@ -757,6 +760,16 @@ def extreme(push, make_model, tokenizer, reward_model, accelerator):
     assert all(math.isfinite(value) for value in metrics.values())
     assert all(parameter.isfinite().all() for parameter in actor_critic.parameters())
     return actor_critic, made, found
+
+
+def test_samples_are_whole_responses_to_their_prompts(make_model, tokenizer, reward_model, accelerator):
+    _, _, found = extreme(1.0, make_model, tokenizer, reward_model, accelerator)
+    fresh = make_model("gpt2", seed=3, lean=(EOS, 1.0))
+    torch.manual_seed(0)
+    rollout = generate(fresh, tokenizer, PROMPTS, CONFIG.sampling)
+    assert [row["prompt"] for row in found.samples] == PROMPTS
+    assert [row["response"] for row in found.samples] == [decode(tokenizer, ids) for ids in rollout.responses.tolist()]
+    assert found.metrics["eval_length"] == pytest.approx(rollout.length.float().mean().item())
 
 
 def test_a_policy_that_never_ends_is_told_of(make_model, tokenizer, reward_model, accelerator, capsys):
