@@ -159,8 +159,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="seeds run side by side, sharing the cores")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // given.jobs))
-    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
-        folders = list(pool.map(partial(train, given.task, given.critic, given.runs), given.seeds))
+    one = partial(train, given.task, given.critic, given.runs)
+    if given.jobs == 1:
+        folders = list(map(one, given.seeds))
+    else:
+        with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+            folders = list(pool.map(one, given.seeds))
     lines = {
         f"seed {seed}": (folder, f"C{n}") for n, (seed, folder) in enumerate(zip(given.seeds, folders, strict=True))
     }

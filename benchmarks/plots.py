@@ -33,8 +33,10 @@ def draw(
             axis.plot(*zip(*series(folder)[metric], strict=True), color=colour, label=label)
         if optimum and metric in optimum:
             axis.axhline(optimum[metric], color="0.4", linestyle=":", label="optimum")
-        if metric == "explained_variance":  # without bound below, where a rollout's returns are all alike
-            axis.set_ylim(bottom=max(-1, axis.get_ylim()[0]))
+        if (
+            metric == "explained_variance"
+        ):  # never above 1, and without bound below where a rollout's returns are all alike
+            axis.set_ylim(max(-1, axis.get_ylim()[0]), 1.05)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
     axes[1, 1].set_xlabel("rollout", fontsize=9)

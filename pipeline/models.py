@@ -420,17 +420,20 @@ def response_logprobs(
     input_ids (B, S), attention_mask (B, S) boolean. The padding token is left out of the distribution, as in sampling.
     `with_hidden` gives a third: the trunk's last states (B, T, d), each the one from which its token is predicted.
     """
+    states: list[Tensor] = []
+    trunk = base_of(model).base_model
+    hook = trunk.register_forward_hook(lambda *given: states.append(given[2].last_hidden_state))
     output = model(
         input_ids=input_ids.masked_fill(~attention_mask, 0),
         attention_mask=attention_mask.long(),
         position_ids=position_ids(attention_mask),
         use_cache=False,
         logits_to_keep=size + 1,
-        output_hidden_states=with_hidden,
     )
+    hook.remove()
     logits = logits_without(output.logits[:, :-1], [pad_id])
     found = logprobs_and_entropy(logits, input_ids[:, -size:], temperature)
-    return (*found, output.hidden_states[-1][:, -size - 1 : -1]) if with_hidden else found
+    return (*found, states[0][:, -size - 1 : -1]) if with_hidden else found
 
 
 # saving

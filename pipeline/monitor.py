@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.advantages import explained_variance, kl_k3
-from pipeline.config import PPO
+from pipeline.config import PPO, UserError
 from pipeline.data import decode
 from pipeline.formats import Text, shown
 from pipeline.judges import duplicate_share, word_repetition
@@ -78,8 +78,9 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
 def correlation(a: Tensor, b: Tensor, reduce: Reduce) -> Tensor:
     """Pearson's correlation of a and b (B,) over all processes; 0 where one of them is the same everywhere."""
     x, y = (v.double() - masked_moments(v[None], torch.ones_like(v[None]).bool(), reduce)[0] for v in (a, b))
+    x, y = (d.masked_fill(d.abs() <= 1e-9 * v.abs(), 0) for d, v in ((x, a), (y, b)))  # rounding is no deviation
     xx, yy, xy = reduce(torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()]))
-    return xy / (xx * yy).sqrt().clamp(min=1e-12)
+    return xy / (xx * yy).sqrt().clamp(min=1e-300)
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,27 @@ def evaluate_policy(
         "repetition": sum(map(word_repetition, all_texts)) / len(all_texts),
         "duplicates": duplicate_share(all_texts),
     }
-    judged = {name: float(np.mean(judge(all_texts))) for name, judge in judges.items()}
     rows = zip(share, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)
     samples = [{"prompt": shown(p), "response": r, "score": round(s, 3), "kl": round(k, 2)} for p, r, s, k in rows]
-    figures = {name: metrics[name] for name in EVALUATED} | judged
+    figures = {name: metrics[name] for name in EVALUATED} | judged(all_texts, judges, accelerator)
     return Evaluation(-1, {f"eval_{name}": value for name, value in figures.items()}, samples, experience.scores)
+
+
+def judged(texts: Sequence[str], judges: Mapping[str, Judge], accelerator: Accelerator) -> dict[str, float]:
+    """Each judge's mean over the texts. The main process alone asks them: a judge may be slow, or cost money.
+
+    Raises UserError for a judge that does not give one finite number for each text.
+    """
+    found: list[dict[str, float]] = [{}]
+    if accelerator.is_main_process:
+        for name, judge in judges.items():
+            values = np.asarray(judge(texts), dtype=np.float64)
+            found[0][name] = float(values.mean()) if values.shape == (len(texts),) else math.nan
+    broadcast_object_list(found)
+    for name, mean in found[0].items():
+        if not math.isfinite(mean):
+            raise UserError(f"judge {name}: expected one finite number for each of {len(texts)} texts")
+    return found[0]
 
 
 def alarm(history: Sequence[Evaluation], config: PPO) -> str:

@@ -46,7 +46,7 @@ from pipeline.models import (
     save_policy,
     with_adapter,
 )
-from pipeline.monitor import Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
+from pipeline.monitor import EVALUATED, Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
 from pipeline.process import new_accelerator, processes, quiet, say
 from pipeline.rollout import Experience, Forward, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
@@ -62,6 +62,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
 
     `score` replaces the reward model's score when given (with a critic that is not made from it, no reward model is
     read); `judges` give each text a number for the evaluations, as `judge_file` does, and have no part in training.
+    A finished stage is told apart by their names, not by what they compute.
     """
     quiet()
     config.micro_batches(processes().num_processes)  # a batch that does not divide is refused before any work
@@ -69,7 +70,11 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
     if score is None or config.critic == "reward":
         parents["reward"] = config.run.final("reward", config.reward)
     files = [file for file in (config.train_file, config.validation_file, config.judge_file) if file]
-    stage = StageRun("ppo", config, parents, files)
+    given = {} if score is None else {"score": getattr(score, "__name__", type(score).__name__)}
+    given |= {} if judges is None else {"judges": ",".join(judges)}
+    if names := set(judges or {}) & set(EVALUATED):
+        raise UserError(f"judges: {', '.join(sorted(names))}: figures of that name are measured already; choose others")
+    stage = StageRun("ppo", config, parents, files, given)
     if stage.is_finished():
         return stage.final
     with stage:
@@ -95,7 +100,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         if score is None:
             assert reward_model is not None
             score = partial(reward_model_scores, reward_model.to(accelerator.device))
-        if judges is None and config.judge_file:
+        if judges is None and config.judge_file and accelerator.is_main_process:
             judges = {"vader": Vader(), "classifier": fitted_judge(config.judge_file, config.run.seed)}
         experience_of = partial(
             to_experience, actor_critic=prepared, reference=reference, score=score,
@@ -146,7 +151,9 @@ def make_critic(
 ) -> Critic | ValueHead:
     """What `critic` names: a model of its own, from the reward model or from SFT, or a head on the policy's trunk."""
     if kind == "head":
-        return ValueHead(sft.config.hidden_size)
+        output = sft.get_output_embeddings()
+        assert isinstance(output, nn.Linear)
+        return ValueHead(output.in_features)
     if kind == "sft":
         return Critic(new_classifier(sft, pad_id))
     assert reward_model is not None

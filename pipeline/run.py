@@ -68,8 +68,16 @@ def verify(final: Path) -> dict[str, Any]:
 class StageRun:
     """One run of one stage: its folder, log, progress bar, and its `final/`, which appears whole or not at all."""
 
-    def __init__(self, stage: str, config: Any, parents: Mapping[str, Path], data: Sequence[str]) -> None:
-        self.stage, self.config = stage, config
+    def __init__(
+        self,
+        stage: str,
+        config: Any,
+        parents: Mapping[str, Path],
+        data: Sequence[str],
+        functions: Mapping[str, str] | None = None,
+    ) -> None:
+        """`functions`: by role, the names of functions that were given in place of what the dials say."""
+        self.stage, self.config, self.functions = stage, config, dict(functions or {})
         self.folder = config.run.folder(stage)
         self.final = self.folder / "final"
         self.dials = flat(config)
@@ -85,7 +93,7 @@ class StageRun:
         """What decides the result: dials, data and parents (by content and role, wherever they lie)."""
         return {
             "stage": self.stage,
-            "dials": identity(self.config),
+            "dials": identity(self.config) | self.functions,
             "data": self.roles,
             "parents": {name: parent["fingerprint"] for name, parent in self.parents.items()},
         }
@@ -280,8 +288,10 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         was, now = old["dials"].get(name, "absent"), new["dials"].get(name, "absent")
         if was != now:
             return f"{name}: {was} then, {now} now"
-    for name in new["parents"]:
-        if old["parents"].get(name) != new["parents"][name]:
+    for name in sorted({*old["parents"], *new["parents"]}):
+        if name not in new["parents"] or name not in old["parents"]:
+            return f"its parent {name}: {'used' if name in old['parents'] else 'absent'} then, not so now"
+        if old["parents"][name] != new["parents"][name]:
             return f"its parent {name} was made anew since"
     return "its data files differ"
 

@@ -105,7 +105,7 @@ PLANTED = [
     ("monitor", "\"kl\": reduce(kl) / sequences", "\"kl\": reduce(kl) / tokens", "KL per token called KL per response"),
     ("models", "[:, -size - 1 : -1]", "[:, -size:]", "values after the token"),
     ("models", "output.logits[:, :-1]", "output.logits[:, 1:]", "log-probabilities of the next token"),
-    ("models", "output.hidden_states[-1][:, -size - 1 : -1]", "output.hidden_states[-1][:, -size:]", "values of a head after the token"),
+    ("models", "states[0][:, -size - 1 : -1]", "states[0][:, -size:]", "values of a head after the token"),
     ("models", "self.critic(hidden if trains_policy else hidden.detach())", "self.critic(hidden)", "the critic's warm-up moves the policy"),
     ("models", "classifier.config.score_shift = -self.bias.item()", "classifier.config.score_shift = 0.0", "a value head's bias lost when saved"),
     ("models", "    if heads:\n", "    if False:\n", "a reward model taken for a policy"),

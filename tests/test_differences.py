@@ -106,7 +106,7 @@ def test_a_penalty_that_is_subtracted_can_leave_a_cut_off_text_the_best():
     close(subtracted, [1.0, -0.4, 1.5])
     assert subtracted.argmax() == 2  # a text that never ends
     assert replace_missing_eos(scores, has_eos, -1.0).argmax() == 0
-    shown("1.5")
+    shown("leaves the cut-off one ahead (1.5)")
 
 
 # 4: masks
@@ -148,7 +148,9 @@ def test_processes_that_whiten_alone_disagree_about_one_advantage():
     close(whiten(first, mask[:1]), [[-1.224745, 0, 1.224745]])
     close(whiten(second, mask[1:])[0, :2], [-1.0, 1.0], 1e-5)
     assert whole[1, 0] > 0 > whiten(second, mask[1:])[0, 0]  # the same token, rewarded or punished
-    shown("+0.98", "−1")
+    pair = torch.tensor([10.0, 12.0])
+    close((pair - pair.mean()) / pair.std(), [-0.707107, 0.707107])
+    shown("the 10 becomes +0.98; alone (and with TRL's unbiased variance) −0.71")
 
 
 def test_one_token_has_a_variance_of_zero():
@@ -166,7 +168,7 @@ def test_a_mean_of_micro_batch_means_weighs_short_responses_more():
     parts = [masked_mean(losses[i : i + 1], mask[i : i + 1], mask.sum()) for i in range(2)]
     assert sum(parts).item() == (6 * 1 + 2 * 4) / 8 == 1.75
     assert sum(masked_mean(losses[i : i + 1], mask[i : i + 1]) for i in range(2)).item() / 2 == 2.5
-    shown("1.75", "2.5")
+    shown("their mean is 1.75, the mean of the two means 2.5")
 
 
 # 7: forwards

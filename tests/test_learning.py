@@ -1,4 +1,5 @@
-"""The tasks of benchmarks/learning.py: their optimum is what it says, and PPO gets nearer to it."""
+"""The tasks of benchmarks/learning.py: their optimum is what it says, and the command runs; docs/learning.md has what
+it gives."""
 
 import itertools
 import random
@@ -78,8 +79,9 @@ def test_the_seventh_token_is_the_one_to_end_at(length, score):
     assert learning.closeness(length) == pytest.approx(score)
 
 
-def test_both_tasks_train_and_are_drawn(tmp_path, monkeypatch):
-    """The whole command on a model and runs that are much too small."""
+@pytest.mark.parametrize("critic", ["sft", "head"])
+def test_the_command_trains_draws_and_prints_its_table(critic, tmp_path, monkeypatch, capsys):
+    """Both tasks, on a model and runs that are much too small."""
     small_model = {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "heads": 2}
     pretrain, ppo = learning.pretrain.train, learning.ppo.train
     monkeypatch.setattr(learning, "WALKS", 300)
@@ -87,10 +89,17 @@ def test_both_tasks_train_and_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(
         learning.ppo, "train", lambda config, score: ppo(replace(config, rollouts=7, eval_every=2, epochs=1), score)
     )
-    folders = [learning.train(task, "head", tmp_path, 1) for task in ("walk", "stop")]
-    cells, score = learning.row("walk", "head", 1, folders[0])
-    assert len(cells) == 10
-    assert 0 <= score <= 1
-    lines = {f"seed {n}": (folder, f"C{n}") for n, folder in enumerate(folders)}
-    learning.draw(tmp_path / "curves" / "both.png", learning.PANELS, lines, {"eval_score": 1.0})
-    assert (tmp_path / "curves" / "both.png").stat().st_size > 10_000
+    monkeypatch.chdir(tmp_path)
+    for task in ("walk", "stop"):
+        monkeypatch.setattr("sys.argv", ["learning.py", task, "--critic", critic, "--seeds", "1", "2"])
+        learning.main()
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.split("|")[1:-1] for line in lines if line.startswith(f"| {task}")]
+        assert [(cells[1].strip(), cells[2].strip(), len(cells)) for cells in rows] == [
+            (critic, "1", 10),
+            (critic, "2", 10),
+        ]
+        scores = [float(cells[4]) for cells in rows]
+        assert all(0 <= score <= 1 for score in scores)
+        assert lines[-1].startswith(f"mean over seeds {sum(scores) / 2:.3f}"[:19])
+        assert (tmp_path / f"docs/curves/{task}_{critic}.png").stat().st_size > 10_000

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pipeline import monitor, ppo, pretrain, reward, sft
 from pipeline.advantages import adapted_kl_coef
-from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Reward, Run, Sampling
+from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Reward, Run, Sampling, UserError
 from pipeline.data import decode
 from pipeline.models import (
     ActorCritic,
@@ -480,8 +480,9 @@ def test_metrics_are_those_of_numpy(experience, accelerator):
 
 def test_a_correlation_with_what_never_changes_is_zero():
     same, other = torch.full((7,), 0.1), torch.arange(7.0)
-    assert abs(monitor.correlation(same, other, identity).item()) < 1e-3
-    assert monitor.correlation(other, -2 * other + 1, identity).item() == pytest.approx(-1)
+    assert monitor.correlation(same, other, identity).item() == monitor.correlation(other, same, identity).item() == 0
+    for scale in (1.0, 1e-7, 1e7):
+        assert monitor.correlation(scale * other, -2 * other + 1, identity).item() == pytest.approx(-1)
 
 
 # learning
@@ -731,6 +732,40 @@ def test_judges_are_heard_in_evaluations_alone(parents, tmp_path):
         assert row["eval_letters"] == pytest.approx(sum(map(len, texts)) / 6)
         del row["eval_letters"]
     assert rows == silent
+
+
+@pytest.mark.parametrize(
+    ("judge", "says"),
+    [
+        (lambda texts: [1.0], "judge odd: expected one finite number for each of 6 texts"),
+        (lambda texts: 1.0, "judge odd: expected one"),
+        (lambda texts: [math.nan, *[0.0] * (len(texts) - 1)], "judge odd: expected one"),
+    ],
+)
+def test_a_judge_that_gives_no_number_per_text_is_refused(judge, says, parents, tmp_path):
+    with pytest.raises(UserError, match=says):
+        ppo.train(stage_config(parents, tmp_path), judges={"odd": judge})
+
+
+def test_a_judge_cannot_take_the_place_of_a_figure(parents, tmp_path):
+    with pytest.raises(UserError, match="judges: reward: figures of that name are measured already"):
+        ppo.train(stage_config(parents, tmp_path), judges={"reward": len, "mine": len})
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_score_function_is_another_stage(parents, tmp_path):
+    def longer(ids, mask):
+        return mask.sum(1).float()
+
+    config = stage_config(parents, tmp_path, rollouts=2)
+    ppo.train(config)
+    with pytest.raises(UserError, match="score: absent then, longer now"):
+        ppo.train(config, longer)
+    config = dataclasses.replace(config, critic="head")
+    moved = dataclasses.replace(config, run=dataclasses.replace(config.run, runs=str(tmp_path / "moved")))
+    ppo.train(moved, longer)
+    with pytest.raises(UserError, match="score: longer then, absent now"):
+        ppo.train(moved)
 
 
 def test_a_judge_is_fitted_to_the_recipes_file(parents, tmp_path):
