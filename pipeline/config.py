@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import yaml
 
 SOURCES = "file, folder or hub dataset, or several (docs/data.md)"
+CHECKPOINTING = "keep only each layer's input for the backward pass, compute the rest again: less memory, more time"
 JUDGED = "`text`, `label` (positive or negative), seen by no stage; empty: sentiment is not judged"
 
 
@@ -64,6 +65,9 @@ class Run:
         "error", "a row that cannot be used stops the stage, or is left out and counted", choices=("error", "drop")
     )
     precision: str = dial("bf16", "arithmetic of forward and backward; weights stay fp32", choices=("fp32", "bf16"))
+    patience: float = dial(
+        40.0, "seconds without a sign of life from another process before this one stops", low=1, place=True
+    )
     report_to: str = dial(
         "wandb",
         "where metrics go besides metrics.jsonl; wandb is offline by itself without a key",
@@ -91,6 +95,7 @@ class Optim:
     epochs: float = dial(1.0, "passes over the training rows", low=0)
     batch_size: int = dial(32, "rows per optimiser step, over all processes", low=1)
     micro_batch: int = dial(32, "rows per forward on one process", low=1)
+    gradient_checkpointing: bool = dial(False, CHECKPOINTING)
 
     def accumulation(self, processes: int) -> int:
         return exact(self.batch_size, self.micro_batch * processes, "batch_size / (micro_batch x processes)")
@@ -215,6 +220,7 @@ class PPO:
         low=0,
     )
     micro_batch: int = dial(64, "sequences per forward on one process", low=1)
+    gradient_checkpointing: bool = dial(False, CHECKPOINTING)
     learning_rate: float = dial(1e-3, "policy's learning rate, falling linearly to zero", low=0)
     critic_learning_rate: float = dial(5e-4, "critic's learning rate, falling linearly to zero", low=0)
     adam_eps: float = dial(

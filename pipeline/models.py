@@ -341,7 +341,7 @@ class Critic(nn.Module):
     def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
         self.model = copy.deepcopy(classifier).requires_grad_(True)
-        self.shift = nn.Parameter(torch.tensor(float(classifier.config.score_shift)))
+        self.shift = nn.Parameter(torch.tensor([float(classifier.config.score_shift)]))  # ZeRO-3 and FSDP cut no scalar
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values (B, S) of the states after each token."""
@@ -382,16 +382,34 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
         self.temperature, self.pad_id = temperature, pad_id
+        self._no_split_modules = base_of(policy)._no_split_modules  # the layers that FSDP gathers one at a time
+
+    def checkpoint_activations(self) -> None:
+        """In train mode the layers then keep their input alone; dropout is 0, so both modes compute the same."""
+        for model in (base_of(self.policy), *([self.critic.model] if isinstance(self.critic, Critic) else [])):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def tie_weights(self) -> None:
+        """Makes tied weights one again, after FSDP has loaded them one by one."""
+        base_of(self.policy).tie_weights()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, size: int, trains_policy: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        size: int,
+        trains_policy: bool = True,
+        as_reference: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Log-probabilities, entropies and values, each (B, T), of the last T = size tokens of (B, S) rows.
 
         values[:, t] is read before token t is emitted, as the log-probability of token t is. Without `trains_policy`
-        the values have no gradient in the policy's trunk.
+        the values have no gradient in the policy's trunk. `as_reference`: of the policy without its adapter, no values.
         """
         rows = (input_ids, attention_mask, size, self.temperature, self.pad_id)
+        if as_reference:
+            with reference_role(self.policy):
+                return response_logprobs(self.policy, *rows)
         if isinstance(self.critic, ValueHead):
             logprobs, entropies, hidden = response_logprobs(self.policy, *rows, with_hidden=True)
             return logprobs, entropies, self.critic(hidden if trains_policy else hidden.detach())

@@ -5,7 +5,7 @@ Nothing here changes a weight. Names and units of all figures are in the README'
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,7 @@ from pipeline.config import PPO, UserError
 from pipeline.data import decode
 from pipeline.formats import Text, shown
 from pipeline.judges import duplicate_share, word_repetition
-from pipeline.models import Policy
-from pipeline.rollout import Experience, generate
+from pipeline.rollout import Experience, Rollout
 from pipeline.tensors import Reduce, masked_moments, masked_sum
 
 EVALUATED = (
@@ -76,9 +75,8 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
 
 
 def correlation(a: Tensor, b: Tensor, reduce: Reduce) -> Tensor:
-    """Pearson's correlation of a and b (B,) over all processes; 0 where one of them is the same everywhere."""
+    """Pearson's correlation of a and b (B,) float32 over all processes; 0 where one is the same everywhere."""
     x, y = (v.double() - masked_moments(v[None], torch.ones_like(v[None]).bool(), reduce)[0] for v in (a, b))
-    x, y = (d.masked_fill(d.abs() <= 1e-9 * v.abs(), 0) for d, v in ((x, a), (y, b)))  # rounding is no deviation
     xx, yy, xy = reduce(torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()]))
     return xy / (xx * yy).sqrt().clamp(min=1e-300)
 
@@ -91,7 +89,7 @@ class Evaluation:
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
     scores: Tensor  # (B,) of this process's share
-    weights: dict[str, Tensor] | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def reward(self) -> float:
@@ -100,7 +98,7 @@ class Evaluation:
 
 def evaluate_policy(
     prompts: list[Text],
-    policy: Policy,
+    sample: Callable[[list[Text]], Rollout],
     tokenizer: PreTrainedTokenizerBase,
     experience_of: Callable[..., Experience],
     accelerator: Accelerator,
@@ -116,7 +114,7 @@ def evaluate_policy(
     share = share[: len(prompts) // accelerator.num_processes]
     with torch.random.fork_rng(), accelerator.autocast():
         torch.manual_seed(accelerator.process_index)
-        experience = experience_of(generate(policy, tokenizer, share, config.sampling), config=config)
+        experience = experience_of(sample(share), config=config)
     metrics = rollout_metrics(experience, accelerator, config)
     texts = [decode(tokenizer, ids) for ids in experience.input_ids[:, -experience.size :].tolist()]
     sft = history[0].scores if history else experience.scores

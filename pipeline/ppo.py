@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.advantages import adapted_kl_coef
-from pipeline.config import PPO, UserError
+from pipeline.config import PPO, Sampling, UserError
+from pipeline.formats import Text
 from pipeline.judges import Vader
 from pipeline.losses import policy_loss, value_loss
 from pipeline.models import (
@@ -40,17 +42,17 @@ from pipeline.models import (
     load_language_model,
     load_reward_model,
     new_classifier,
-    reference_role,
     response_logprobs,
     same_tokenizer,
     save_policy,
     with_adapter,
 )
 from pipeline.monitor import EVALUATED, Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
-from pipeline.process import new_accelerator, processes, quiet, say
-from pipeline.rollout import Experience, Forward, ScoreFunction, generate, read_prompts, to_experience
+from pipeline.process import is_main, new_accelerator, processes, quiet, say
+from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
 from pipeline.scoring import fitted_judge, reward_model_scores
+from pipeline.shards import empty_copy, filled, in_pieces, whole, whole_weights
 from pipeline.tensors import masked_mean
 
 EXTREMES = {"ratio_min": torch.amin, "ratio_max": torch.amax}  # of an update, where all else is a mean
@@ -87,10 +89,13 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         reward_model = frozen(load_reward_model(parents["reward"])) if "reward" in parents else None
         critic = make_critic(config.critic, sft, reward_model, tokenizer.pad_token_id)
         policy: Policy = sft if config.adapter.adapter == "none" else with_adapter(sft, config.adapter)
-        actor_critic = ActorCritic(policy, critic, config.sampling.temperature, tokenizer.pad_token_id)
-        reference = make_reference(actor_critic, accelerator)
+        actor_critic = ActorCritic(policy, critic, config.sampling.temperature, tokenizer.pad_token_id).eval()
+        reference_model = None if isinstance(policy, PeftModel) else frozen(deepcopy(policy)).to(accelerator.device)
+        if config.gradient_checkpointing:
+            actor_critic.checkpoint_activations()
+        empty = empty_copy(actor_critic) if in_pieces(accelerator) else None
         optimizer, scheduler = make_optimizer(actor_critic, config)
-        prepared, optimizer = accelerator.prepare(actor_critic.eval(), optimizer)
+        prepared, optimizer = prepare(accelerator, actor_critic, optimizer, config)
         # Other samples on every process; not seed + 1, which is another run's.
         set_seed(config.run.seed + 100_003 * accelerator.process_index)
 
@@ -102,33 +107,36 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
             score = partial(reward_model_scores, reward_model.to(accelerator.device))
         if judges is None and config.judge_file and accelerator.is_main_process:
             judges = {"vader": Vader(), "classifier": fitted_judge(config.judge_file, config.run.seed)}
+        reference = make_reference(prepared, reference_model, actor_critic.temperature, actor_critic.pad_id)
         experience_of = partial(
             to_experience, actor_critic=prepared, reference=reference, score=score,
             reduce=partial(accelerator.reduce, reduction="sum"),
         )  # fmt: skip
-        evaluate = partial(
-            evaluate_policy, held_out, actor_critic.policy, tokenizer, experience_of, accelerator, judges or {}
-        )
+        sample = partial(sampled, actor_critic, empty, tokenizer, config.sampling)
+        evaluate = partial(evaluate_policy, held_out, sample, tokenizer, experience_of, accelerator, judges or {})
         history: list[Evaluation] = []
         skipped = 0  # optimiser steps in a row whose gradient was not finite
         for step in range(config.rollouts):
             if step % config.eval_every == 0:
+                stage.heartbeat.enter(f"evaluation {step}")
                 history.append(evaluated(stage, step, evaluate(config, history), actor_critic, history))
                 if alarm(history, config):
                     break
             started = time.monotonic()
+            stage.heartbeat.enter(f"rollout {step}")
             mine = next(batches)[accelerator.process_index :: accelerator.num_processes]
             with accelerator.autocast():
-                rollout = generate(actor_critic.policy, tokenizer, [prompts[row] for row in mine], config.sampling)
-                sampled = time.monotonic()
+                rollout = sample([prompts[row] for row in mine])
+                sampling_seconds = time.monotonic() - started
                 experience = experience_of(rollout, config=config)
             check_first_rollout(step, experience, accelerator)
+            stage.heartbeat.enter(f"update {step}")
             trains_policy = step >= config.critic_warmup
             metrics, skipped = update(prepared, optimizer, experience, config, accelerator, trains_policy, skipped)
             metrics |= rollout_metrics(experience, accelerator, config)
             metrics |= {
                 "learning_rate": optimizer.param_groups[0]["lr"],
-                "sampling_seconds": sampled - started,
+                "sampling_seconds": sampling_seconds,
                 "seconds": time.monotonic() - started,
                 "tokens_per_second": metrics["length"] * config.rollout_batch / (time.monotonic() - started),
             }
@@ -142,8 +150,8 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
             )  # fmt: skip
         else:
             history.append(evaluated(stage, config.rollouts, evaluate(config, history), actor_critic, history))
-        summary = keep(history, actor_critic, config)
-        return stage.finish(partial(save, actor_critic, tokenizer), summary)
+        kept, summary = keep(history, actor_critic, empty, config)
+        return stage.finish(partial(save, kept, tokenizer), summary)
 
 
 def make_critic(
@@ -160,18 +168,39 @@ def make_critic(
     return Critic(reward_model)
 
 
-def make_reference(actor_critic: ActorCritic, accelerator: Accelerator) -> Forward:
-    """Log-probabilities of the frozen SFT policy: the adapter policy without its adapter, else a frozen copy."""
-    temperature, pad_id = actor_critic.temperature, actor_critic.pad_id
-    if isinstance(actor_critic.policy, PeftModel):
+def prepare(
+    accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, config: PPO
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Module and optimiser as the launch asks: DDP, a DeepSpeed engine or FSDP around them, or nothing."""
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    if plugin is not None:  # what its engine wants to know beforehand
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": min(config.micro_batch, config.per_process(accelerator.num_processes)),
+            "gradient_clipping": config.max_grad_norm,
+        }
+    return accelerator.prepare(actor_critic, optimizer)
 
-        def reference(ids: Tensor, mask: Tensor, size: int) -> tuple[Tensor, ...]:
-            with reference_role(actor_critic.policy):
-                return response_logprobs(actor_critic.policy, ids, mask, size, temperature, pad_id)
 
-        return reference
-    copy = frozen(deepcopy(actor_critic.policy)).to(accelerator.device)
-    return lambda ids, mask, size: response_logprobs(copy, ids, mask, size, temperature, pad_id)
+def sampled(
+    actor_critic: ActorCritic,
+    empty: ActorCritic | None,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    prompts: Sequence[Text],
+) -> Rollout:
+    """A response to each prompt by the policy; where its weights lie in pieces they are gathered once, for all tokens.
+
+    No process waits for another while it samples, so rows may end where they like.
+    """
+    with whole(actor_critic.policy, None if empty is None else empty.policy) as policy:
+        return generate(policy, tokenizer, prompts, sampling)
+
+
+def make_reference(prepared: nn.Module, model: Policy | None, temperature: float, pad_id: int) -> Forward:
+    """Log-probabilities of the frozen SFT policy: a model of its own, or (None) the policy without its adapter."""
+    if model is None:
+        return partial(prepared, as_reference=True)
+    return partial(response_logprobs, model, temperature=temperature, pad_id=pad_id)
 
 
 def make_optimizer(
@@ -214,6 +243,7 @@ def update(
     step whose gradient is not finite is skipped on every process and counted; `skipped` of them in a row came before,
     and how many there are in a row now is returned. Raises FloatingPointError when they are too many.
     """
+    actor_critic.train(config.gradient_checkpointing)
     own = len(experience) // config.minibatches
     statistics: dict[str, list[Tensor]] = {}
     skips = epochs = 0
@@ -224,8 +254,8 @@ def update(
             step: dict[str, Tensor] = {}
             parts = experience.micro_batches(rows, config.micro_batch)
             for number, part in enumerate(parts):
-                last = number == len(parts) - 1
-                with nullcontext() if last else accelerator.no_sync(actor_critic):
+                accelerator.sync_gradients = last = number == len(parts) - 1
+                with nullcontext() if last or has_engine(accelerator) else accelerator.no_sync(actor_critic):
                     loss, sums = ppo_loss(actor_critic, part, config, tokens, trains_policy)
                     # DDP averages gradients over processes; the sum over tokens wants their total.
                     accelerator.backward(loss * accelerator.num_processes)
@@ -233,9 +263,8 @@ def update(
                     name: EXTREMES.get(name, torch.sum)(torch.stack([step[name], value]), 0) if step else value
                     for name, value in sums.items()
                 }
-            norm = accelerator.clip_grad_norm_(actor_critic.parameters(), config.max_grad_norm)
+            norm = optimiser_step(actor_critic, optimizer, accelerator, config.max_grad_norm)
             if norm.isfinite():  # the same on every process, since gradients are averaged before
-                optimizer.step()
                 skipped = 0
                 step |= {"grad_norm": norm / accelerator.num_processes}
                 for name, value in step.items():
@@ -249,11 +278,11 @@ def update(
                         f"{', '.join(wrong) or 'only the gradient'}. Nothing was written: lower the learning rates, or "
                         "look at the last lines of metrics.jsonl"
                     )
-            optimizer.zero_grad()
         if config.target_kl is not None and statistics:
             steps = statistics["approx_kl"][-config.minibatches :]
             if accelerator.reduce(torch.stack(steps).mean(), "sum") > 1.5 * config.target_kl:
                 break
+    actor_critic.eval()
     metrics: dict[str, float] = {"update_epochs": epochs, "skipped_updates": skips}
     for name, values in sorted(statistics.items()):
         if name in EXTREMES:
@@ -261,6 +290,29 @@ def update(
         else:
             metrics[name] = accelerator.reduce(torch.stack(values).mean(), "sum").item()
     return metrics, skipped
+
+
+def has_engine(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed's engine accumulates, clips and steps by itself, told by `sync_gradients` when."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def optimiser_step(
+    actor_critic: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float
+) -> Tensor:
+    """The global norm of the gradient before it was clipped to max_norm; a step, unless that is not finite.
+
+    The same on every process, since gradients are averaged over processes before. Gradients are gone afterwards.
+    """
+    if has_engine(accelerator):  # it has done all that in the last backward
+        norm = actor_critic.get_global_grad_norm()  # type: ignore[operator]  # a method of DeepSpeed's engine
+        return torch.tensor(float(norm), device=accelerator.device)
+    norm = accelerator.clip_grad_norm_(actor_critic.parameters(), max_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def adapted(config: PPO, kl: float) -> PPO:
@@ -307,9 +359,12 @@ def ppo_loss(
 
 
 def evaluated(
-    stage: StageRun, step: int, found: Evaluation, actor_critic: ActorCritic, history: Sequence[Evaluation]
+    stage: StageRun, step: int, found: Evaluation, actor_critic: ActorCritic, history: list[Evaluation]
 ) -> Evaluation:
-    """Logs an evaluation and eight of its samples; returns it with the weights when it is the best so far."""
+    """Logs an evaluation and eight of its samples; returns it with the weights when it is the best so far.
+
+    Then those of the best before it are let go. The weights are in ordinary memory, of the main process alone.
+    """
     if not all(math.isfinite(value) for value in found.metrics.values()):
         raise FloatingPointError(f"ppo: evaluation at rollout {step} is not finite: {found.metrics}")
     stage.log(step, found.metrics)
@@ -321,26 +376,31 @@ def evaluated(
         )
     stage.sample([{"step": step, **row} for row in found.samples[:8]], step)
     is_best = all(found.reward > before.reward for before in history)
-    trained = {name: p for name, p in actor_critic.named_parameters() if p.requires_grad} if is_best else None
-    weights = {name: p.detach().cpu().clone() for name, p in trained.items()} if trained is not None else None
-    return replace(found, step=step, weights=weights)
+    trained = {name for name, p in actor_critic.named_parameters() if p.requires_grad}
+    weights = whole_weights(actor_critic, trained, "cpu") if is_best else {}
+    if is_best:
+        history[:] = [replace(before, weights={}) for before in history]
+    return replace(found, step=step, weights=weights if is_main() else {})
 
 
-def keep(history: Sequence[Evaluation], actor_critic: ActorCritic, config: PPO) -> dict[str, Any]:
-    """Puts the weights to be kept into the module and returns the metrics of their evaluation.
+def keep(
+    history: Sequence[Evaluation], actor_critic: ActorCritic, empty: ActorCritic | None, config: PPO
+) -> tuple[ActorCritic, dict[str, Any]]:
+    """The module with the weights to be kept, whole, and the metrics of their evaluation.
 
     Those of the best evaluation by reward, or of the last rollout when `keep` says so and no alarm was raised.
     """
+    if empty is not None:
+        actor_critic = filled(empty, whole_weights(actor_critic))
     wrong, last = alarm(history, config), history[-1]
     kept = max(history, key=lambda found: found.reward) if wrong or config.keep == "best" else last
     if wrong:
         say(f"ppo: stopped at rollout {last.step}: {wrong}; back to rollout {kept.step}, the best so far")
-    if kept is not last:
-        assert kept.weights is not None
+    if kept is not last and is_main():  # which alone will write them
         actor_critic.load_state_dict(kept.weights, strict=False)
     score, kl = kept.metrics["eval_score"], kept.metrics["eval_kl"]
     say(f"ppo: kept rollout {kept.step}: validation score {score:+.2f}, KL {kl:.2f} nats per response")
-    return {**kept.metrics, "kept_rollout": kept.step, "stopped": wrong}
+    return actor_critic, {**kept.metrics, "kept_rollout": kept.step, "stopped": wrong}
 
 
 def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

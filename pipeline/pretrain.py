@@ -21,7 +21,7 @@ from pipeline.run import StageRun
 from pipeline.trainers import (
     NextTokenTrainer,
     packed_tokens,
-    report_to,
+    trained,
     training_arguments,
     validation_loss,
 )
@@ -64,9 +64,8 @@ def train(config: Pretrain) -> Path:
             train_dataset=rows,
             processing_class=tokenizer,
         )
-        report_to(trainer, stage)
         metrics = token_budget(model, trainer.train_dataset, config)
-        trainer.train()
+        model = trained(trainer, model, stage)
         metrics |= validation_metrics(model, tokenizer, held_out, config)
         say(
             f"pretrain: validation loss {metrics['validation_loss']:.3f} nats/token, perplexity "

@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from rich.console import Console
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.config import UserError
 
@@ -28,7 +29,37 @@ def processes() -> PartialState:
 def new_accelerator(precision: str) -> Accelerator:
     """Accelerate for these processes at a stage's precision: `autocast` is where bf16 happens, weights stay fp32."""
     processes()
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    if precision != "fp32" and asked() != "DDP":
+        raise UserError(
+            f"precision: under {asked()} {precision} would round the weights themselves and not only the arithmetic, "
+            "which is not supported: say --precision fp32, or launch with configs/accelerate/ddp.yaml"
+        )
+    accelerator = checked(Accelerator(mixed_precision="bf16" if precision == "bf16" else "no"))
+    unset_hf_deepspeed_config()  # else from_pretrained would cut models as they are loaded, before they are one module
+    return accelerator
+
+
+def asked() -> str:
+    """DEEPSPEED, FSDP or DDP: what the launch wants of Accelerate."""
+    return next((kind for kind in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"), "DDP")
+
+
+def checked(accelerator: Accelerator) -> Accelerator:
+    """The accelerator, if it is of the kind and has the processes that the launch asks for; else UserError names both.
+
+    Accelerate falls back in silence: a variable in the environment turns DeepSpeed into DDP, and FSDP on CPUs into
+    copies that train alone.
+    """
+    world, found = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type.value
+    is_other = (found if found in ("DEEPSPEED", "FSDP") else "DDP") != asked()
+    if is_other or accelerator.num_processes != world:
+        why = ": FSDP cuts models on GPUs only" if asked() == "FSDP" and accelerator.device.type == "cpu" else ""
+        raise UserError(
+            f"the launch asks for {asked()} on {world} processes, but Accelerate has started {found} with "
+            f"{accelerator.num_processes}{why}; look at the file given to --config_file, and for ACCELERATE_USE_CPU in "
+            "the environment"
+        )
+    return accelerator
 
 
 def is_main() -> bool:
@@ -39,6 +70,10 @@ def quiet() -> None:
     """Keeps dependencies' progress bars and advice out of the stage's own few lines; errors still show."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find that out itself
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            import deepspeed.ops
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes over a minute
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

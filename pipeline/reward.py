@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
@@ -17,12 +18,12 @@ from pipeline.config import Reward
 from pipeline.data import IGNORED, length_batches, pad, preference_rows, show_example, with_chat_template
 from pipeline.formats import read_rows, whole
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
-from pipeline.models import check_model, frozen, head_weight, load_language_model, new_reward_model, same_tokenizer
+from pipeline.models import check_model, frozen, load_language_model, new_reward_model, same_tokenizer
 from pipeline.process import new_accelerator, processes, quiet, say
 from pipeline.rollout import generate, read_prompts
 from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
-from pipeline.trainers import in_length_batches, report_to, training_arguments
+from pipeline.trainers import in_length_batches, trained, training_arguments
 
 MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)  # rating points; pairs from binary labels have margin 0
 
@@ -48,9 +49,7 @@ def train(config: Reward) -> Path:
         first = rows[0]["chosen_ids"]
         show_example(tokenizer, first, [IGNORED] * (len(first) - 1) + first[-1:], "chosen, scored at")
         trainer = new_trainer(model, tokenizer, rows, config, stage.folder)
-        report_to(trainer, stage)
-        trainer.train()
-        model.eval()
+        model = trained(trainer, model, stage).eval()
         model.config.score_shift = mean_score_of_samples(model, tokenizer, sft, config)
         metrics: dict[str, Any] = {
             "pairs": len(rows),
@@ -68,29 +67,45 @@ def train(config: Reward) -> Path:
         return stage.finish(partial(save, model, tokenizer), metrics)
 
 
-def new_trainer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Reward, folder: Path
-) -> RewardTrainer:
+class HeadTrainer(RewardTrainer):
     """TRL's trainer of -log sigmoid(chosen - rejected - margin) (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
 
     AdamW with one more group: the head starts from noise, the trunk from pretrained features, which the head's
     learning rate would destroy (docs/log.md).
     """
-    head = head_weight(model)
-    trunk = [parameter for parameter in model.parameters() if parameter is not head]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trunk if p.ndim > 1]},
-        {"params": [p for p in trunk if p.ndim < 2], "weight_decay": 0.0},
-        {"params": [head], "lr": config.head_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        config.optim.learning_rate,
-        betas=(0.9, config.optim.adam_beta2),
-        weight_decay=config.optim.weight_decay,
-        fused=True,
-    )
-    return RewardTrainer(
+
+    def __init__(self, *, head_learning_rate: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.head_learning_rate = head_learning_rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Overridden, and not handed over ready-made, since DeepSpeed and FSDP want to prepare the model first."""
+        trained = self.model if model is None else model
+        assert trained is not None
+        named = dict(trained.named_parameters())
+        head = [p for name, p in named.items() if name.endswith("score.weight")]
+        trunk = [p for name, p in named.items() if not name.endswith("score.weight")]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trunk if p.ndim > 1]},
+            {"params": [p for p in trunk if p.ndim < 2], "weight_decay": 0.0},
+            {"params": head, "lr": self.head_learning_rate},
+        ]
+        args = self.args
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        return self.optimizer
+
+
+def new_trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Reward, folder: Path
+) -> HeadTrainer:
+    return HeadTrainer(
+        head_learning_rate=config.head_learning_rate,
         model=model,
         args=RewardConfig(
             **training_arguments(config.run, config.optim, folder),
@@ -99,7 +114,6 @@ def new_trainer(
         ),
         train_dataset=in_length_batches(rows, pair_lengths(rows), config.optim.batch_size, config.run.seed),
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
     )
 
 

@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline import fingerprints, sources
 from pipeline.config import UserError, flat, identity
-from pipeline.process import console, is_main, processes, say
+from pipeline.process import console, is_main, new_accelerator, processes, say
+from pipeline.siblings import Heartbeat, check_same
 from pipeline.tracking import Tracking
 
 LEAST_DISK = 50 * 2**20  # bytes; logs and samples want some as well
@@ -85,6 +87,12 @@ class StageRun:
         self.data = {source: sources.fingerprint(source) for source in data}
         self.roles = [self.data[source] for source in data]
         self.started = time.monotonic()
+        AcceleratorState._reset_state()  # of a stage before this one in the same process, of another precision
+        new_accelerator(config.run.precision)  # a launch that is not what it seems is refused before any work
+        check_same(
+            stage, {"dials": self.dials | self.functions, "data": self.roles, "models": self.identity["parents"]}
+        )
+        self.heartbeat = Heartbeat(stage, self.folder / ".processes", config.run.patience)
         self._tracking: Tracking | None = None
         self._progress: Progress | None = None
 
@@ -125,10 +133,12 @@ class StageRun:
             run = self.config.run
             self._tracking = Tracking(run.report_to, self.stage, run.recipe, run.seed, self.folder, self.dials)
         processes().wait_for_everyone()
+        self.heartbeat.start()
         say(f"{self.stage}: {self.folder}")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.heartbeat.stop(error)
         self.close_progress()
         if self._tracking is not None:
             self._tracking.close(failed=kind is not None)

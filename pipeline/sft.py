@@ -13,7 +13,7 @@ from pipeline.formats import read_rows
 from pipeline.models import Policy, base_of, check_model, load_language_model, load_tokenizer, save_policy, with_adapter
 from pipeline.process import quiet, say
 from pipeline.run import StageRun
-from pipeline.trainers import NextTokenTrainer, in_length_batches, report_to, training_arguments, validation_loss
+from pipeline.trainers import NextTokenTrainer, in_length_batches, trained, training_arguments, validation_loss
 
 
 def train(config: SFT) -> Path:
@@ -54,8 +54,7 @@ def train(config: SFT) -> Path:
             ),
             processing_class=tokenizer,
         )
-        report_to(trainer, stage)
-        trainer.train()
+        model = trained(trainer, model, stage)
         loss, tokens = validation_loss(model, tokenizer, held_out, config.optim.micro_batch, config.run.precision)
         metrics = {
             "rows": len(rows),

@@ -11,14 +11,16 @@ import transformers
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
 from pipeline.config import Optim, Run
 from pipeline.data import IGNORED, length_batches, pad
 from pipeline.losses import next_token_loss
-from pipeline.process import new_accelerator, processes
+from pipeline.process import checked, new_accelerator, processes
 from pipeline.run import StageRun
+from pipeline.shards import Model, empty_copy, filled, in_pieces, whole_weights
 from pipeline.tensors import masked_sum
 
 
@@ -29,7 +31,8 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
         seed=run.seed,
         bf16=run.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=False,
+        gradient_checkpointing=optim.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         per_device_train_batch_size=optim.micro_batch,
         gradient_accumulation_steps=optim.accumulation(processes().num_processes),
         num_train_epochs=optim.epochs,
@@ -80,6 +83,9 @@ class Report(TrainerCallback):
     def __init__(self, run: StageRun) -> None:
         self.run, self.started, self.tokens = run, time.monotonic(), 0.0
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.run.heartbeat.enter(f"step {state.global_step}")
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
     ) -> None:
@@ -98,10 +104,15 @@ class Report(TrainerCallback):
         self.run.progress(state.max_steps, state.global_step, **shown)
 
 
-def report_to(trainer: transformers.Trainer, run: StageRun) -> None:
-    """Gives the trainer our log in place of its printing."""
+def trained(trainer: transformers.Trainer, model: Model, run: StageRun) -> Model:
+    """Trains with our log in place of the trainer's printing; returns the model, whole on every process."""
+    accelerator = checked(trainer.accelerator)
+    empty = empty_copy(model) if in_pieces(accelerator) else None
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Report(run))
+    trainer.train()
+    unset_hf_deepspeed_config()  # as in new_accelerator
+    return model if empty is None else filled(empty, whole_weights(model))
 
 
 class NextTokenTrainer(SFTTrainer):

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"tensors", "config", "fingerprints"},
-    {"losses", "advantages", "process", "judges", "sources"},
-    {"formats", "models", "tracking", "corpus"},
+    {"losses", "advantages", "process", "judges", "sources", "shards"},
+    {"formats", "models", "tracking", "corpus", "siblings"},
     {"data", "run"},
     {"scoring", "rollout", "trainers", "report"},
     {"monitor"},

@@ -16,7 +16,7 @@ from pipeline.config import PPO, SFT, Chat, ConfigError, Evaluate, Merge, Pretra
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = (Pretrain, SFT, Reward, PPO, Merge, Evaluate, Chat)
-PLACES = {"runs", "report_to", "train_file", "validation_file", "sft", "reward", "judge_file"}
+PLACES = {"runs", "report_to", "patience", "train_file", "validation_file", "sft", "reward", "judge_file"}
 
 
 @pytest.fixture
@@ -252,7 +252,9 @@ def test_a_resolved_config_parses_to_itself(write):
 
 
 def test_identity_leaves_out_places_and_nothing_else():
-    moved = dataclasses.replace(PPO(), run=dataclasses.replace(PPO().run, runs="elsewhere", report_to="none"))
+    moved = dataclasses.replace(
+        PPO(), run=dataclasses.replace(PPO().run, runs="elsewhere", report_to="none", patience=9.0)
+    )
     moved = dataclasses.replace(moved, sft="a", reward="b", train_file="c", validation_file="d", judge_file="e")
     assert identity(moved) == identity(PPO())
     assert set(flat(PPO())) - set(identity(PPO())) == PLACES

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import mutants
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,10 @@ def test_the_two_commands_come_first():
 def test_a_function_is_where_the_readme_says(name):
     module, function = next(filter(None, name)).split(".")
     assert callable(getattr(importlib.import_module(f"pipeline.{module}"), function))
+
+
+def test_the_planted_bugs_are_counted():
+    assert f"of {len(mutants.PLANTED)} bugs" in " ".join(README.split())
 
 
 def test_linked_files_exist():

@@ -62,9 +62,9 @@ def test_the_head_learns_at_its_own_rate_and_norms_do_not_decay(reward_model, to
     reward_model.requires_grad_(True)
     names = {id(p): name for name, p in reward_model.named_parameters()}
     trainer, watch = new_trainer(reward_model, tokenizer, rows, config, tmp_path), Watch()
-    groups = [[names[id(p)] for p in group["params"]] for group in trainer.optimizer.param_groups]
     trainer.add_callback(watch)
     trainer.train()
+    groups = [[names[id(p)] for p in group["params"]] for group in trainer.optimizer.param_groups]
     assert [rate for _, rate, _ in watch.rates] == pytest.approx([1e-3, 1e-3, 1e-2])
     assert [decay for _, _, decay in watch.rates] == [0.1, 0.0, 0.1]
     assert groups[2] == ["score.weight"]

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from trl import SFTConfig
 
 from pipeline.config import Optim, Run
 from pipeline.data import IGNORED, decode, language_rows
-from pipeline.trainers import NextTokenTrainer, packed_tokens, report_to, training_arguments, validation_loss
+from pipeline.trainers import NextTokenTrainer, packed_tokens, trained, training_arguments, validation_loss
 
 LENGTHS = (3, 9, 4, 12, 7, 2, 10, 5)
 RUN = Run(precision="fp32", report_to="none")
@@ -50,8 +51,21 @@ class Gradients(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def trainer_of(model, tokenizer, rows, folder, micro_batch=8, batch_size=8, smoothing=0.0, **arguments):
-    optim = Optim(learning_rate=0.0, batch_size=batch_size, micro_batch=micro_batch, max_grad_norm=1e9)
+def trainer_of(
+    model,
+    tokenizer,
+    rows,
+    folder,
+    micro_batch=8,
+    batch_size=8,
+    smoothing=0.0,
+    gradient_checkpointing=False,
+    **arguments,
+):
+    optim = Optim(
+        learning_rate=0.0, batch_size=batch_size, micro_batch=micro_batch, max_grad_norm=1e9,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
     return NextTokenTrainer(
         label_smoothing=smoothing,
         model=model,
@@ -135,10 +149,24 @@ def test_the_validation_loss_is_the_mean_over_all_tokens(batch_size, make_model,
     assert tokens == sum(LENGTHS) - len(LENGTHS)
 
 
+def test_activations_computed_again_give_the_same_gradient(make_model, tokenizer, rows, tmp_path):
+    """To the bit, with every layer run twice."""
+    results = []
+    for checkpointing in (False, True):
+        model, forwards = make_model("llama"), []
+        model.model.layers[0].self_attn.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        loss, gradients = one_step(model, tokenizer, rows, tmp_path, gradient_checkpointing=checkpointing)
+        results.append((loss, gradients, len(forwards)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[1][1][name], gradient) for name, gradient in results[0][1].items())
+    assert (results[0][2], results[1][2]) == (1, 2)
+
+
 class Log:
     """What a stage's log is told."""
 
     stage = "toy"
+    heartbeat = SimpleNamespace(enter=lambda phase: None)
 
     def __init__(self):
         self.rows = []
@@ -153,8 +181,7 @@ class Log:
 def test_the_log_has_the_loss_and_counts_real_tokens(make_model, tokenizer, rows, tmp_path):
     model, log = make_model("llama"), Log()
     trainer = trainer_of(model, tokenizer, rows, tmp_path, batch_size=4, micro_batch=2)
-    report_to(trainer, log)
-    trainer.train()
+    assert trained(trainer, model, log) is model
     step, metrics = log.rows[0]
     assert step == 1
     assert metrics.keys() >= {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
@@ -167,9 +194,8 @@ def test_a_loss_that_is_not_finite_stops_the_stage(make_model, tokenizer, rows, 
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
     trainer = trainer_of(model, tokenizer, rows, tmp_path)
-    report_to(trainer, Log())
     with pytest.raises(FloatingPointError, match="toy: loss is nan at step 1"):
-        trainer.train()
+        trained(trainer, model, Log())
 
 
 def test_decoding_leaves_out_special_tokens_and_keeps_spaces(tokenizer):

@@ -1,0 +1,44 @@
+"""PPO on two processes, the second of which is killed, stops or raises while it scores, for tests/test_distributed.py.
+
+accelerate launch --config_file configs/accelerate/ddp.yaml tests/faults.py FOLDER NAME kill|stop|raise|differ
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from ranks import configs
+
+from pipeline import ppo
+from pipeline.config import PPO
+from pipeline.process import processes, stage_main
+
+FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+def main(folder: Path, name: str, fault: str) -> None:
+    config = configs(folder, folder / f"{name}_{fault}", "faults")["ppo"]
+    assert isinstance(config, PPO)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, patience=6.0), critic="sft")
+    is_second = processes().process_index == 1
+    if fault == "differ":
+        stage_main(ppo.train, dataclasses.replace(config, kl_coef=0.3 if is_second else 0.1))
+    calls = 0
+
+    def score(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if is_second and calls == 5:  # two in the first evaluation, two in the first rollout
+            if fault == "raise":
+                raise ZeroDivisionError("the reward broke")
+            os.kill(os.getpid(), FAULTS[fault])
+        return mask.sum(1).float()
+
+    stage_main(lambda given: ppo.train(given, score), config)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

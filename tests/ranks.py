@@ -1,0 +1,131 @@
+"""All stages in one launch, for tests/test_distributed.py: what several processes leave is compared with what one does.
+
+    accelerate launch --config_file configs/accelerate/zero3.yaml tests/ranks.py FOLDER NAME
+
+FOLDER has the parents (see the test); everything goes to FOLDER/NAME/.
+"""
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+
+from pipeline import monitor, ppo, pretrain, reward, sft
+from pipeline.config import PPO, SFT, Adapter, Optim, Pretrain, Reward, Run, Sampling
+from pipeline.models import (
+    ActorCritic,
+    Critic,
+    ValueHead,
+    base_of,
+    load_language_model,
+    load_reward_model,
+    load_tokenizer,
+    with_adapter,
+)
+from pipeline.process import new_accelerator, processes, quiet
+from pipeline.rollout import Rollout, generate, to_experience
+from pipeline.scoring import reward_model_scores
+from pipeline.shards import whole_weights
+
+SAMPLING = Sampling(max_new_tokens=8, max_prompt_tokens=16, temperature=0.7)
+LORA = Adapter(adapter="lora", lora_rank=2)
+
+
+def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT | Reward | PPO]:
+    """Every stage, full and with an adapter, on the parents of `folder`; batches divide by one and by two processes."""
+    run = Run(recipe=recipe, runs=str(runs), precision="fp32", report_to="none")
+    optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=2)
+    final = {stage: str(folder / f"parents/{stage}/final") for stage in ("pretrain", "sft", "reward")}
+    file = {name: str(folder / f"{name}.jsonl") for name in ("texts", "demonstrations", "pairs", "prompts")}
+    tuned = SFT(
+        run=run, optim=optim, base=final["pretrain"], train_file=file["demonstrations"],
+        validation_file=file["demonstrations"],
+    )  # fmt: skip
+    aligned = PPO(
+        run=run, adapter=LORA, sampling=SAMPLING, sft=final["sft"], reward=final["reward"], train_file=file["prompts"],
+        validation_file=file["prompts"], rollouts=3, rollout_batch=8, micro_batch=2, epochs=2, minibatches=2,
+        critic_warmup=1, eval_every=2, eval_prompts=6, learning_rate=3e-3, keep="last",
+        max_grad_norm=1e9,
+    )  # fmt: skip
+    elsewhere = partial(dataclasses.replace, run)
+    return {
+        "pretrain": Pretrain(
+            run=run, optim=optim, train_file=file["texts"], validation_file=file["texts"], tokenizer="char",
+            hidden_size=16, intermediate_size=24, layers=2, heads=2, context=48, sample_tokens=4, steps=2,
+        ),
+        "sft": tuned,
+        "sft_lora": dataclasses.replace(tuned, run=elsewhere(recipe=f"{recipe}_lora"), adapter=LORA),
+        "reward": Reward(
+            run=run, optim=optim, base=final["pretrain"], sft=final["sft"], train_file=file["pairs"],
+            validation_file=file["pairs"], test_file=file["pairs"], prompts_file=file["prompts"], centre_prompts=20,
+            sampling=SAMPLING,
+        ),
+        "ppo": aligned,
+        "ppo_full": dataclasses.replace(
+            aligned, run=elsewhere(recipe=f"{recipe}_full"), adapter=Adapter(adapter="none"), critic="head",
+            max_grad_norm=0.1,
+        ),
+    }  # fmt: skip
+
+
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
+
+
+def fixed_update(folder: Path, out: Path, full: bool) -> None:
+    """One PPO update on rollouts that do not depend on the number of processes; rank r of n learns from rows r::n."""
+    config = configs(folder, out, "fixed")["ppo"]
+    assert isinstance(config, PPO)
+    config = dataclasses.replace(config, minibatches=1, epochs=3)
+    accelerator = new_accelerator("fp32")
+    paths = folder / "parents"
+    tokenizer = load_tokenizer(paths / "sft/final")
+    policy, judge = load_language_model(paths / "sft/final"), load_reward_model(paths / "reward/final").eval()
+    reference = load_language_model(paths / "pretrain/final").eval()
+    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()][:8]
+    torch.manual_seed(1)
+    rollout = generate(policy, tokenizer, prompts, SAMPLING)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    rollout = Rollout(**{f.name: getattr(rollout, f.name)[mine] for f in dataclasses.fields(Rollout)})
+    torch.manual_seed(2)
+    actor: torch.nn.Module = policy if full else with_adapter(base_of(policy), LORA)
+    critic = ValueHead(16) if full else Critic(judge)
+    actor_critic = ActorCritic(actor, critic, SAMPLING.temperature, tokenizer.pad_token_id).eval()  # type: ignore[arg-type]
+    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    prepared, optimizer = ppo.prepare(accelerator, actor_critic, optimizer, config)
+    against = ppo.make_reference(prepared, reference, SAMPLING.temperature, tokenizer.pad_token_id)
+    experience = to_experience(
+        rollout, prepared, against, partial(reward_model_scores, judge), config,
+        partial(accelerator.reduce, reduction="sum"),
+    )  # fmt: skip
+    metrics, _ = ppo.update(prepared, optimizer, experience, config, accelerator, True)
+    metrics |= monitor.rollout_metrics(experience, accelerator, config)
+    weights = whole_weights(actor_critic)
+    same = accelerator.gather(torch.stack([w.double().sum() for w in weights.values()])[None])
+    assert (same == same[0]).all(), "ranks have drifted apart"
+    if processes().is_main_process:
+        name = out / ("fixed_full" if full else "fixed")
+        save_file({key: w.contiguous().clone() for key, w in weights.items()}, f"{name}.safetensors")
+        Path(f"{name}.json").write_text(json.dumps(metrics))
+    accelerator.free_memory()
+
+
+def main(folder: Path, name: str) -> None:
+    quiet()
+    out = folder / name
+    out.mkdir(exist_ok=True)
+    for full in (False, True):
+        fixed_update(folder, out, full)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for stage, config in configs(folder, out, "tiny").items():
+        STAGES[stage.split("_")[0]].train(config)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    print(f"rank {processes().process_index}: all done", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
