@@ -91,13 +91,13 @@ PLANTED = [
     ("ppo", "accelerator.backward(loss * accelerator.num_processes)", "accelerator.backward(loss * accelerator.num_processes / len(parts))", "gradient divided by micro-batches"),
     ("ppo", "float(trains_policy) * (policy - config.entropy_coef * entropy)", "float(trains_policy) * (policy + config.entropy_coef * entropy)", "the entropy bonus punishes"),
     ("ppo", "float(trains_policy) * (policy - config.entropy_coef * entropy)", "policy - config.entropy_coef * entropy", "no critic warm-up"),
-    ("ppo", "            optimizer.zero_grad()\n        if", "        if", "gradients pile up"),
+    ("ppo", "    optimizer.zero_grad()\n    return norm", "    return norm", "gradients pile up"),
     ("ppo", "for rows in torch.randperm(len(experience)).split(own):", "for rows in torch.arange(len(experience)).split(own):", "the same minibatches every epoch"),
     ("ppo", "for rows in torch.randperm(len(experience)).split(own):", "for rows in torch.randperm(len(experience)).split(own)[:1]:", "one minibatch per epoch"),
     ("ppo", "lambda step: 1 - step / config.rollouts", "lambda step: 1.0", "the learning rate stays"),
     ("ppo", "(actor_critic.critic, config.critic_learning_rate)", "(actor_critic.critic, config.learning_rate)", "the critic's rate is the policy's"),
-    ("ppo", "with reference_role(actor_critic.policy):", "if True:", "the reference learns with the policy"),
-    ("ppo", "if norm.isfinite():", "if True:", "steps into NaN"),
+    ("models", "with reference_role(self.policy):", "if True:", "the reference learns with the policy"),
+    ("ppo", "    if norm.isfinite():\n        optimizer.step()", "    if True:\n        optimizer.step()", "steps into NaN"),
     ("ppo", "config = adapted(config, metrics[\"kl\"])", "adapted(config, metrics[\"kl\"])", "the adaptive coefficient is not used"),
     ("ppo", "trains_policy = step >= config.critic_warmup", "trains_policy = step > config.critic_warmup", "the warm-up lasts one rollout too long"),
     ("ppo", "if wrong or config.keep == \"best\" else last", "if config.keep == \"best\" else last", "a collapsed policy is kept"),
@@ -141,7 +141,7 @@ CALLS = {
     "max": "min",
     "min": "max",
 }
-ALONE = re.compile(r"num_processes|process_index|no_sync|number == len|monotonic")
+ALONE = re.compile(r"is_main|has_engine|DTensor|num_processes|process_index|no_sync|number == len|monotonic")
 DROPPED = ("masked_fill", "detach", "square", "clamp")
 
 
