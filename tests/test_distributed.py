@@ -6,6 +6,7 @@ Every launch runs tests/ranks.py: one PPO update on given rollouts, and every st
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -77,13 +78,24 @@ def one(folder) -> Path:
     return folder / "one"
 
 
+def all_stages(backend: str, folder: Path) -> Path:
+    """What tests/ranks.py leaves under a backend; it is launched once."""
+    if not (folder / backend).exists():
+        wrapper = ["tests/fsdp_on_cpu.py"] if backend == "fsdp2" else []
+        done = launch(backend, *wrapper, "tests/ranks.py", str(folder), backend)
+        assert done.returncode == 0, done.stderr[-6000:]
+        assert sorted(re.findall(r"rank (\d): all done", done.stdout)) == ["0", "1"]
+    return folder / backend
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def two(request, folder) -> Path:
-    wrapper = ["tests/fsdp_on_cpu.py"] if request.param == "fsdp2" else []
-    done = launch(request.param, *wrapper, "tests/ranks.py", str(folder), request.param)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert sorted(re.findall(r"rank (\d): all done", done.stdout)) == ["0", "1"]
-    return folder / request.param
+    return all_stages(request.param, folder)
+
+
+@pytest.fixture(scope="module")
+def ddp(folder) -> Path:
+    return all_stages("ddp", folder)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -145,7 +157,7 @@ def test_what_is_written_is_whole_and_loads_on_one_process(stage, two):
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "tiny_full"])
-def test_ppo_is_the_same_under_every_strategy(recipe, two, folder):
+def test_ppo_is_the_same_under_every_strategy(recipe, two, ddp):
     """A run over sampling, updates and evaluations, to rounding: 1e-6 under ZeRO-1 and ZeRO-2, else 1e-5.
 
     Not to the bit: DeepSpeed lays all weights end to end, where other alignments round differently, and sums the
@@ -154,12 +166,36 @@ def test_ppo_is_the_same_under_every_strategy(recipe, two, folder):
     if two.name == "ddp":
         assert [row["step"] for row in metrics(two / recipe / "ppo") if "ratio" in row] == [0, 1, 2]
         return
-    ours, theirs = (weights(run / recipe / "ppo/final") for run in (folder / "ddp", two))
+    ours, theirs = (weights(run / recipe / "ppo/final") for run in (ddp, two))
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         assert (weight - theirs[name]).abs().max() < (1e-6 if two.name in ("zero1", "zero2") else 1e-5), name
-    for first, second in zip(metrics(folder / "ddp" / recipe / "ppo"), metrics(two / recipe / "ppo"), strict=True):
+    for first, second in zip(metrics(ddp / recipe / "ppo"), metrics(two / recipe / "ppo"), strict=True):
         assert second == pytest.approx(first, rel=1e-3, abs=2e-5)
+
+
+def test_two_machines_are_two_processes(folder, ddp):
+    """Two launchers that meet at one address, each with one process: what one launcher with two gives, to the bit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
+             "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip",
+             "127.0.0.1", "--main_process_port", port, "tests/ranks.py", str(folder), "machines"],
+            cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed[0][-3000:]
+    for rank, text in enumerate(printed):
+        assert f"rank {rank}: all done" in text
+    for final in FINALS:
+        ours, theirs = (weights(run / final / "final") for run in (ddp, folder / "machines"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), final
 
 
 # launches that are not what they seem
