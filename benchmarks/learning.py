@@ -145,9 +145,8 @@ def row(task: str, critic: str, seed: int, folder: Path) -> tuple[list[str], flo
     scores, seconds = [value for _, value in found["eval_score"]], sum(value for _, value in found["seconds"])
     reached = next((str(step) for step, value in found["eval_score"] if value >= 0.95), "never")
     last = [f"{found[name][-1][1]:.2f}" for name in ("eval_kl", "eval_length", "eval_eos_share")]
-    return [task, critic, str(seed), f"{scores[0]:.3f}", f"{scores[-1]:.3f}", reached, *last, f"{seconds:.0f}"], scores[
-        -1
-    ]
+    cells = [task, critic, str(seed), f"{scores[0]:.3f}", f"{scores[-1]:.3f}", reached, *last, f"{seconds:.0f}"]
+    return cells, scores[-1]
 
 
 def main() -> None:
@@ -165,23 +164,13 @@ def main() -> None:
     else:
         with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
             folders = list(pool.map(one, given.seeds))
-    lines = {
-        f"seed {seed}": (folder, f"C{n}") for n, (seed, folder) in enumerate(zip(given.seeds, folders, strict=True))
-    }
+    by_seed = dict(zip(given.seeds, folders, strict=True))
+    lines = {f"seed {seed}": (folder, f"C{n}") for n, (seed, folder) in enumerate(by_seed.items())}
     draw(Path("docs/curves") / f"{given.task}_{given.critic}.png", PANELS, lines, {"eval_score": 1.0})
-    rows = [row(given.task, given.critic, seed, folder) for seed, folder in zip(given.seeds, folders, strict=True)]
+    rows = [row(given.task, given.critic, seed, folder) for seed, folder in by_seed.items()]
     header = (
-        "task",
-        "critic",
-        "seed",
-        "before",
-        "after",
-        "0.95 at rollout",
-        "KL, nats",
-        "length",
-        "ended",
-        "PPO, seconds",
-    )
+        "task", "critic", "seed", "before", "after", "0.95 at rollout", "KL, nats", "length", "ended", "PPO, seconds",
+    )  # fmt: skip
     print("\n".join(markdown_table(header, [cells for cells, _ in rows])))
     if len(rows) > 1:
         mean = mean_ci([score for _, score in rows])

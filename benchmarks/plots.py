@@ -27,15 +27,14 @@ def draw(
     optimum: Mapping[str, float] | None = None,
 ) -> None:
     """Six panels, metric -> title, each with one line a folder, label -> (folder, colour), and the optimum, dotted."""
+    curves = {label: (series(folder), colour) for label, (folder, colour) in lines.items()}
     figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
     for axis, (metric, title) in zip(axes.flat, panels.items(), strict=True):
-        for label, (folder, colour) in lines.items():
-            axis.plot(*zip(*series(folder)[metric], strict=True), color=colour, label=label)
+        for label, (values, colour) in curves.items():
+            axis.plot(*zip(*values[metric], strict=True), color=colour, label=label)
         if optimum and metric in optimum:
             axis.axhline(optimum[metric], color="0.4", linestyle=":", label="optimum")
-        if (
-            metric == "explained_variance"
-        ):  # never above 1, and without bound below where a rollout's returns are all alike
+        if metric == "explained_variance":  # at most 1, and anything below where all returns are alike
             axis.set_ylim(max(-1, axis.get_ylim()[0]), 1.05)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)

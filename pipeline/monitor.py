@@ -50,21 +50,21 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
     mask, reduce = experience.response_mask, partial(accelerator.reduce, reduction="sum")
     tokens, sequences = reduce(mask.sum()), reduce(torch.tensor(len(experience), device=mask.device))
     score_mean = reduce(experience.scores.sum()) / sequences
-    kl = masked_sum(experience.kl, mask)
+    kl = reduce(masked_sum(experience.kl, mask))
     k3 = masked_sum(kl_k3(experience.kl, torch.zeros_like(experience.kl)), mask)
     reference = masked_sum(experience.old_logprobs - experience.kl, mask)
+    difference = masked_sum((experience.old_logprobs - experience.sampled_logprobs).abs(), mask)
     clipped = experience.scores.abs() > (math.inf if config.score_clip is None else config.score_clip)
     metrics = {
         "score": score_mean,
         "score_std": (reduce((experience.scores - score_mean).square().sum()) / sequences).sqrt(),
         "score_clipped": reduce(clipped.float().sum()) / sequences,
         "score_length_correlation": correlation(experience.scores, mask.sum(1).float(), reduce),
-        "kl": reduce(kl) / sequences,
-        "kl_per_token": reduce(kl) / tokens,
+        "kl": kl / sequences,
+        "kl_per_token": kl / tokens,
         "kl_k3_per_token": reduce(k3) / tokens,
         "reference_perplexity": (-reduce(reference) / tokens).exp(),
-        "sampling_difference": reduce(masked_sum((experience.old_logprobs - experience.sampled_logprobs).abs(), mask))
-        / tokens,
+        "sampling_difference": reduce(difference) / tokens,
         "reward": reduce(masked_sum(experience.rewards, mask)) / sequences,
         "length": tokens / sequences,
         "eos_share": reduce(experience.has_eos.float().sum()) / sequences,

@@ -46,7 +46,6 @@ def whole_weights(
     """Copies of the named weights (None: of all), whole, on every process; all processes have to call it together.
 
     They are on `device` (None: where they were), one after the other, so that no more than one is twice on the other.
-
     Weights that share their memory under several names share it here.
     """
     found: dict[int, Tensor] = {}

@@ -52,7 +52,6 @@ class Heartbeat:
         self.rank, self.world = processes().process_index, processes().num_processes
         self.phase, self.count = "starting", 0
         self.writing = threading.Lock()
-        self.woken, self.waker = os.pipe() if self.world > 1 else (-1, -1)
         self.before: Any = None  # what SIGTERM did
         self.fd_before = -1
         self.seen: dict[int, tuple[int, float]] = {}  # by rank: the last count, and when it was new
@@ -64,6 +63,7 @@ class Heartbeat:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("")
             processes().wait_for_everyone()  # no file of an earlier attempt is read
+            self.woken, self.waker = os.pipe()
             if threading.current_thread() is threading.main_thread():
                 # A launcher that has lost one process sends SIGTERM to the rest at once; the cause is worth a look
                 # first. The main thread may stand in a collective, so the signal wakes the watching one.

@@ -84,7 +84,7 @@ class Report(TrainerCallback):
         self.run, self.started, self.tokens = run, time.monotonic(), 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.run.heartbeat.enter(f"step {state.global_step}")
+        self.run.heartbeat.phase = f"step {state.global_step}"  # steps are short: the next beat will write it
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any

@@ -102,7 +102,7 @@ PLANTED = [
     ("ppo", "trains_policy = step >= config.critic_warmup", "trains_policy = step > config.critic_warmup", "the warm-up lasts one rollout too long"),
     ("ppo", "if wrong or config.keep == \"best\" else last", "if config.keep == \"best\" else last", "a collapsed policy is kept"),
     ("monitor", "last[\"eval_kl\"] > config.kl_budget", "first[\"eval_kl\"] > config.kl_budget", "the KL budget watches SFT"),
-    ("monitor", "\"kl\": reduce(kl) / sequences", "\"kl\": reduce(kl) / tokens", "KL per token called KL per response"),
+    ("monitor", "\"kl\": kl / sequences", "\"kl\": kl / tokens", "KL per token called KL per response"),
     ("models", "[:, -size - 1 : -1]", "[:, -size:]", "values after the token"),
     ("models", "output.logits[:, :-1]", "output.logits[:, 1:]", "log-probabilities of the next token"),
     ("models", "states[0][:, -size - 1 : -1]", "states[0][:, -size:]", "values of a head after the token"),

@@ -94,7 +94,6 @@ def test_signals_are_as_before_when_a_stage_has_ended(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     heartbeat = Heartbeat("toy", tmp_path / "beats", 5.0)
     heartbeat.world = 2
-    heartbeat.woken, heartbeat.waker = os.pipe()
     heartbeat.start()
     assert signal.getsignal(signal.SIGTERM) is not before
     os.write(heartbeat.waker, bytes([signal.SIGINT]))  # another signal wakes it and is not taken for the end
