@@ -64,7 +64,17 @@ class Run:
     bad_rows: str = dial(
         "error", "a row that cannot be used stops the stage, or is left out and counted", choices=("error", "drop")
     )
-    precision: str = dial("bf16", "arithmetic of forward and backward; weights stay fp32", choices=("fp32", "bf16"))
+    precision: str = dial(
+        "bf16",
+        "arithmetic of forward and backward; weights stay fp32 (fp16: on CUDA GPUs, with a loss scale)",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    checkpoint_every: int = dial(
+        100,
+        "optimiser steps (PPO: rollouts) between checkpoints, from which a stage that was cut off goes on; 0: none",
+        low=0,
+        place=True,
+    )
     patience: float = dial(
         40.0, "seconds without a sign of life from another process before this one stops", low=1, place=True
     )
@@ -203,7 +213,7 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    run: Run = Run()
+    run: Run = Run(checkpoint_every=10)
     adapter: Adapter = Adapter(adapter="lora")
     sampling: Sampling = Sampling()
     sft: str = dial("", "starting policy and frozen reference; empty: this recipe's sft/final", place=True)

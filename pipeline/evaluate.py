@@ -34,7 +34,7 @@ from pipeline.models import (
     response_logprobs,
     same_tokenizer,
 )
-from pipeline.process import new_accelerator, quiet
+from pipeline.process import autocast, new_accelerator, quiet
 from pipeline.report import show, write
 from pipeline.rollout import Rollout, generate, read_prompts
 from pipeline.run import StageRun
@@ -116,7 +116,7 @@ def measure(
         texts: list[str] = []
         for start in range(0, len(prompts), config.batch_size):
             part = prompts[start : start + config.batch_size]
-            with accelerator.autocast(), torch.no_grad():
+            with autocast(config.run.precision), torch.no_grad():
                 rollout = generate(model, tokenizer, part, config.sampling)
                 numbers = token_measurements(rollout, model, models, reward_model, config.sampling, tokenizer)
             texts += [decode(tokenizer, ids) for ids in rollout.responses.tolist()]

@@ -1,7 +1,9 @@
-"""What tells one content from another: sha256 of files, folders and values."""
+"""What tells one content from another: sha256 of files, folders and values; and that it is on the disk."""
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +22,28 @@ def of_folder(path: Path) -> str:
     """Of the names and contents of every file below."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return of_value([[str(file.relative_to(path)), of_file(file)] for file in files])
+
+
+def of_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below, by its path from the folder."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": of_file(file)} for file in files}
+
+
+def first_other(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first of the files of `of_files` that is missing or has another content, or ''."""
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != expected["bytes"] or of_file(file) != expected["sha256"]:
+            return name
+    return ""
+
+
+def sync(path: Path) -> None:
+    """Has the disk write what it holds of a folder's files, and the folder itself."""
+    for place in [*(file for file in path.rglob("*") if file.is_file()), path]:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -22,6 +22,7 @@ from pipeline.config import PPO, UserError
 from pipeline.data import decode
 from pipeline.formats import Text, shown
 from pipeline.judges import duplicate_share, word_repetition
+from pipeline.process import autocast
 from pipeline.rollout import Experience, Rollout
 from pipeline.tensors import Reduce, masked_moments, masked_sum
 
@@ -111,8 +112,7 @@ def evaluate_policy(
     The first evaluation is of the SFT policy itself, so its scores are what `eval_win_rate` compares with.
     """
     share = prompts[accelerator.process_index :: accelerator.num_processes]
-    share = share[: len(prompts) // accelerator.num_processes]
-    with torch.random.fork_rng(), accelerator.autocast():
+    with torch.random.fork_rng(), autocast(config.run.precision):
         torch.manual_seed(accelerator.process_index)
         experience = experience_of(sample(share), config=config)
     metrics = rollout_metrics(experience, accelerator, config)

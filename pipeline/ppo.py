@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.advantages import adapted_kl_coef
-from pipeline.config import PPO, Sampling, UserError
+from pipeline.config import PPO, Sampling, UserError, exact
 from pipeline.formats import Text
 from pipeline.judges import Vader
+from pipeline.keeping import Progress, checkpoint, resumed
 from pipeline.losses import policy_loss, value_loss
 from pipeline.models import (
     ActorCritic,
@@ -48,11 +49,11 @@ from pipeline.models import (
     with_adapter,
 )
 from pipeline.monitor import EVALUATED, Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
-from pipeline.process import is_main, new_accelerator, processes, quiet, say
+from pipeline.process import autocast, is_main, new_accelerator, processes, quiet, say
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
 from pipeline.scoring import fitted_judge, reward_model_scores
-from pipeline.shards import empty_copy, filled, in_pieces, whole, whole_weights
+from pipeline.shards import empty_copy, filled, gathering_cost, has_engine, in_pieces, whole, whole_weights
 from pipeline.tensors import masked_mean
 
 EXTREMES = {"ratio_min": torch.amin, "ratio_max": torch.amax}  # of an update, where all else is a mean
@@ -68,6 +69,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
     """
     quiet()
     config.micro_batches(processes().num_processes)  # a batch that does not divide is refused before any work
+    exact(config.eval_prompts, processes().num_processes, "eval_prompts / processes")
     parents = {"sft": config.run.final("sft", config.sft)}
     if score is None or config.critic == "reward":
         parents["reward"] = config.run.final("reward", config.reward)
@@ -101,6 +103,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
 
         prompts = read_prompts(config.train_file, 0, tokenizer, config)
         held_out = read_prompts(config.validation_file, config.eval_prompts, tokenizer, config)
+        exact(len(held_out), accelerator.num_processes, f"prompts of {config.validation_file} / processes")
         batches = prompt_batches(len(prompts), config.rollout_batch, config.run.seed)
         if score is None:
             assert reward_model is not None
@@ -114,9 +117,16 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         )  # fmt: skip
         sample = partial(sampled, actor_critic, empty, tokenizer, config.sampling)
         evaluate = partial(evaluate_policy, held_out, sample, tokenizer, experience_of, accelerator, judges or {})
-        history: list[Evaluation] = []
-        skipped = 0  # optimiser steps in a row whose gradient was not finite
-        for step in range(config.rollouts):
+        if empty is not None:
+            say(gathering_cost("ppo", actor_critic.policy, empty.policy))
+        progress = Progress(0, [], 0, config.kl_coef)
+        if stage.resumed:
+            progress = resumed(stage.resumed, accelerator, prepared, optimizer, scheduler)
+            config = replace(config, kl_coef=progress.kl_coef)
+        history, skipped = progress.history, progress.skipped
+        for _ in range(progress.rollouts):
+            next(batches)
+        for step in range(progress.rollouts, config.rollouts):
             if step % config.eval_every == 0:
                 stage.heartbeat.enter(f"evaluation {step}")
                 history.append(evaluated(stage, step, evaluate(config, history), actor_critic, history))
@@ -125,7 +135,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
             started = time.monotonic()
             stage.heartbeat.enter(f"rollout {step}")
             mine = next(batches)[accelerator.process_index :: accelerator.num_processes]
-            with accelerator.autocast():
+            with autocast(config.run.precision):
                 rollout = sample([prompts[row] for row in mine])
                 sampling_seconds = time.monotonic() - started
                 experience = experience_of(rollout, config=config)
@@ -148,10 +158,18 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
                 score=f"{metrics['score']:+.2f}", kl=f"{metrics['kl']:.2f}", length=f"{metrics['length']:.0f}",
                 **{"tokens/s": f"{metrics['tokens_per_second']:,.0f}"},
             )  # fmt: skip
+            if due(step + 1, config):
+                progress = Progress(step + 1, history, skipped, config.kl_coef)
+                checkpoint(stage, progress, accelerator, prepared, optimizer, scheduler)
         else:
             history.append(evaluated(stage, config.rollouts, evaluate(config, history), actor_critic, history))
         kept, summary = keep(history, actor_critic, empty, config)
         return stage.finish(partial(save, kept, tokenizer), summary)
+
+
+def due(done: int, config: PPO) -> bool:
+    """Whether a checkpoint is made after so many rollouts; the last one's work is in `final/`."""
+    return bool(config.run.checkpoint_every) and done % config.run.checkpoint_every == 0 and done < config.rollouts
 
 
 def make_critic(
@@ -172,7 +190,7 @@ def prepare(
     accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, config: PPO
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Module and optimiser as the launch asks: DDP, a DeepSpeed engine or FSDP around them, or nothing."""
-    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    plugin = accelerator.state.deepspeed_plugin if has_engine(accelerator) else None
     if plugin is not None:  # what its engine wants to know beforehand
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": min(config.micro_batch, config.per_process(accelerator.num_processes)),
@@ -256,7 +274,8 @@ def update(
             for number, part in enumerate(parts):
                 accelerator.sync_gradients = last = number == len(parts) - 1
                 with nullcontext() if last or has_engine(accelerator) else accelerator.no_sync(actor_critic):
-                    loss, sums = ppo_loss(actor_critic, part, config, tokens, trains_policy)
+                    with autocast(config.run.precision):
+                        loss, sums = ppo_loss(actor_critic, part, config, tokens, trains_policy)
                     # DDP averages gradients over processes; the sum over tokens wants their total.
                     accelerator.backward(loss * accelerator.num_processes)
                 step = {
@@ -292,11 +311,6 @@ def update(
     return metrics, skipped
 
 
-def has_engine(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed's engine accumulates, clips and steps by itself, told by `sync_gradients` when."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
 def optimiser_step(
     actor_critic: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float
 ) -> Tensor:
@@ -309,7 +323,7 @@ def optimiser_step(
         return torch.tensor(float(norm), device=accelerator.device)
     norm = accelerator.clip_grad_norm_(actor_critic.parameters(), max_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if norm.isfinite():
+    if norm.isfinite() or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale for it
         optimizer.step()
     optimizer.zero_grad()
     return norm

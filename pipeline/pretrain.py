@@ -15,7 +15,7 @@ from pipeline.config import Pretrain, Sampling
 from pipeline.data import decode, language_rows, language_stream
 from pipeline.formats import read_rows, usable
 from pipeline.models import load_language_model, load_tokenizer, new_language_model, save_policy, train_tokenizer
-from pipeline.process import quiet, say
+from pipeline.process import processes, quiet, say
 from pipeline.rollout import generate
 from pipeline.run import StageRun
 from pipeline.trainers import (
@@ -36,6 +36,7 @@ TEMPERATURES = (0.5, 0.8, 1.0)
 def train(config: Pretrain) -> Path:
     """Trains a language model with its tokenizer and returns its `final` directory, which `from_pretrained` loads."""
     quiet()
+    config.optim.accumulation(processes().num_processes)  # a batch that does not divide is refused before any work
     stage = StageRun("pretrain", config, {}, [config.train_file, config.validation_file])
     if stage.is_finished():
         return stage.final

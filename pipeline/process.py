@@ -12,11 +12,15 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.config import UserError
+
+TOLD = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+"""What the launch says of precision; transformers' trainers write it anew."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -27,21 +31,68 @@ def processes() -> PartialState:
 
 
 def new_accelerator(precision: str) -> Accelerator:
-    """Accelerate for these processes at a stage's precision: `autocast` is where bf16 happens, weights stay fp32."""
-    processes()
-    if precision != "fp32" and asked() != "DDP":
+    """Accelerate for these processes at a stage's precision, which is what `autocast` computes in; weights stay fp32.
+
+    DeepSpeed and FSDP are told of no precision: they would round the weights themselves. UserError for a launch that
+    is not what it seems, or that contradicts the dials.
+    """
+    everyone = processes()
+    if precision == "fp16" and (asked() != "DDP" or everyone.device.type != "cuda"):
+        where = asked() if everyone.device.type == "cuda" else "a CPU"
         raise UserError(
-            f"precision: under {asked()} {precision} would round the weights themselves and not only the arithmetic, "
-            "which is not supported: say --precision fp32, or launch with configs/accelerate/ddp.yaml"
+            f"precision: fp16 wants a loss scale, which CUDA GPUs have under DDP; on {where} say --precision bf16"
         )
-    accelerator = checked(Accelerator(mixed_precision="bf16" if precision == "bf16" else "no"))
+    if TOLD not in ("no", precision):
+        raise UserError(
+            f"the launch says mixed_precision: {TOLD}, the recipe precision: {precision}: change one of them "
+            '(mixed_precision: "no" leaves it to the recipe)'
+        )
+    accelerator = checked(Accelerator(mixed_precision="fp16" if precision == "fp16" else "no"))
+    keep_torch_optimizer(accelerator)
     unset_hf_deepspeed_config()  # else from_pretrained would cut models as they are loaded, before they are one module
     return accelerator
+
+
+def check_deepspeed(deepspeed: dict[str, Any]) -> None:
+    """UserError for what DeepSpeed's config says of things that the dials decide, before a stage says it for them."""
+    for key, dials in (
+        ("gradient_accumulation_steps", "batch_size / micro_batch (PPO: rollout_batch / minibatches / micro_batch)"),
+        ("gradient_clipping", "max_grad_norm"),
+        ("optimizer", "the learning rates"),
+        ("scheduler", "the learning rates"),
+        ("bf16", "precision"),
+        ("fp16", "precision"),
+    ):
+        value = deepspeed.get(key)
+        is_off = isinstance(value, dict) and value.get("enabled") in (False, "auto")
+        if value not in (None, "auto", 1) and not is_off:
+            raise UserError(f"the launch's DeepSpeed config says {key}: {value}; leave that to the dials ({dials})")
+
+
+def keep_torch_optimizer(accelerator: Accelerator) -> None:
+    """Has an optimiser that DeepSpeed offloads to the CPU stay the one it was given, with each group's rate."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+
+
+def autocast(precision: str) -> torch.autocast:
+    """The context in which models compute at a stage's precision, the same under every strategy."""
+    kind = processes().device.type
+    if precision == "fp32":
+        return torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 def asked() -> str:
     """DEEPSPEED, FSDP or DDP: what the launch wants of Accelerate."""
     return next((kind for kind in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"), "DDP")
+
+
+def strategy() -> str:
+    """DDP (also of one process), ZeRO-1, ZeRO-2, ZeRO-3 or FSDP2: how the processes of this launch share the work."""
+    if asked() == "DEEPSPEED":
+        return f"ZeRO-{AcceleratorState().deepspeed_plugin.zero_stage}"
+    return "FSDP2" if asked() == "FSDP" else "DDP"
 
 
 def checked(accelerator: Accelerator) -> Accelerator:

@@ -19,7 +19,7 @@ from pipeline.data import IGNORED, length_batches, pad, preference_rows, show_ex
 from pipeline.formats import read_rows, whole
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
 from pipeline.models import check_model, frozen, load_language_model, new_reward_model, same_tokenizer
-from pipeline.process import new_accelerator, processes, quiet, say
+from pipeline.process import autocast, processes, quiet, say
 from pipeline.rollout import generate, read_prompts
 from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
@@ -31,6 +31,7 @@ MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)  # rating points; pairs from 
 def train(config: Reward) -> Path:
     """Trains the reward model and returns its `final` directory: a sequence classifier with its shift in the config."""
     quiet()
+    config.optim.accumulation(processes().num_processes)  # a batch that does not divide is refused before any work
     base, sft = config.run.final("pretrain", config.base), config.run.final("sft", config.sft)
     files = [config.train_file, config.validation_file, config.test_file, config.prompts_file]
     stage = StageRun("reward", config, {"base": base, "sft": sft}, files)
@@ -135,11 +136,10 @@ def score_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], config: Reward
 ) -> np.ndarray:
     """Scores (n,) of token rows, in batches of like lengths, each process computing all of them."""
-    accelerator = new_accelerator(config.run.precision)
     scores = np.zeros(len(rows))
     for part in length_batches(list(map(len, rows)), 2 * config.optim.micro_batch):
         ids, mask = pad([rows[row] for row in part], tokenizer.pad_token_id, "right")
-        with accelerator.autocast():
+        with autocast(config.run.precision):
             scores[part] = reward_model_scores(model, ids.to(model.device), mask.to(model.device)).cpu().numpy()
     return scores
 

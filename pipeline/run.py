@@ -25,15 +25,19 @@ from typing import Any
 
 import yaml
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pipeline import fingerprints, sources
+from pipeline import checkpoints, fingerprints, sources
+from pipeline.checkpoints import Checkpoint
 from pipeline.config import UserError, flat, identity
-from pipeline.process import console, is_main, new_accelerator, processes, say
+from pipeline.process import check_deepspeed, console, is_main, new_accelerator, processes, say, strategy
+from pipeline.shards import has_engine
 from pipeline.siblings import Heartbeat, check_same
 from pipeline.tracking import Tracking
 
+LOGS = ("metrics.jsonl", "samples.jsonl")
 LEAST_DISK = 50 * 2**20  # bytes; logs and samples want some as well
 
 
@@ -56,14 +60,10 @@ def read_done(final: Path) -> dict[str, Any]:
 def verify(final: Path) -> dict[str, Any]:
     """DONE.json after every file listed in it was found with its size and sha256; else a StageError names the file."""
     done = read_done(final)
-    for name, expected in done["files"].items():
-        file = final / name
-        if (
-            not file.is_file()
-            or file.stat().st_size != expected["bytes"]
-            or fingerprints.of_file(file) != expected["sha256"]
-        ):
-            raise StageError(f"{file}: missing or not as it was written (sha256 differs): run {done['stage']} again")
+    if other := fingerprints.first_other(final, done["files"]):
+        raise StageError(
+            f"{final / other}: missing or not as it was written (sha256 differs): run {done['stage']} again"
+        )
     return done
 
 
@@ -88,10 +88,14 @@ class StageRun:
         self.roles = [self.data[source] for source in data]
         self.started = time.monotonic()
         AcceleratorState._reset_state()  # of a stage before this one in the same process, of another precision
-        new_accelerator(config.run.precision)  # a launch that is not what it seems is refused before any work
+        accelerator = new_accelerator(config.run.precision)  # a launch that is not what it seems: no work is begun
+        if has_engine(accelerator):
+            check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
         check_same(
             stage, {"dials": self.dials | self.functions, "data": self.roles, "models": self.identity["parents"]}
         )
+        self.checkpoints = self.folder / "checkpoints"
+        self.resumed: Checkpoint | None = None  # known once the stage is entered
         self.heartbeat = Heartbeat(stage, self.folder / ".processes", config.run.patience)
         self._tracking: Tracking | None = None
         self._progress: Progress | None = None
@@ -124,9 +128,12 @@ class StageRun:
         )
 
     def __enter__(self) -> "StageRun":
+        found: list[Checkpoint | None] = [checkpoints.newest(self.checkpoints) if is_main() else None]
+        broadcast_object_list(found)
+        self.resumed = self._same_run(found[0])
         if is_main():
             self._check_disk()
-            self._put_aside_unfinished()
+            self._go_on(self.resumed) if self.resumed else self._put_aside_unfinished()
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(self.dials, sort_keys=False), encoding="utf-8")
             self._write_run_json({})
@@ -135,6 +142,8 @@ class StageRun:
         processes().wait_for_everyone()
         self.heartbeat.start()
         say(f"{self.stage}: {self.folder}")
+        if self.resumed:
+            say(f"{self.stage}: goes on after step {self.resumed.step} ({self.resumed.folder})")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -153,6 +162,41 @@ class StageRun:
                 f"{self.folder}: the disk has {free / 2**20:,.0f} MiB free, {self.stage} needs about "
                 f"{needed / 2**20:,.0f}: make room, or give --runs a folder on another disk"
             )
+
+    def checkpoint(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+        """What a later run of the same inputs goes on from: what all processes `write`, and a JSON `state`."""
+        self.heartbeat.enter(f"checkpoint {step}")
+        logs = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
+        launch = {"strategy": strategy(), "processes": processes().num_processes}
+        facts = {"identity": self.identity, "launch": launch, "logs": logs, "state": state}
+        checkpoints.save(self.checkpoints, step, write, facts)
+
+    def _same_run(self, found: Checkpoint | None) -> Checkpoint | None:
+        """The checkpoint, if this run is the one it was made by; StageError if only the launch is another.
+
+        DDP's is everyone's; where each process keeps pieces of its own, as many must come back.
+        """
+        if found is None:
+            return None
+        if found.facts["identity"] != self.identity:
+            say(f"{found.folder}: of another run ({_difference(found.facts['identity'], self.identity)}): set aside")
+            return None
+        old, new = found.facts["launch"], {"strategy": strategy(), "processes": processes().num_processes}
+        if old["strategy"] != new["strategy"] or (old != new and old["strategy"] != "DDP"):
+            file = f"configs/accelerate/{old['strategy'].lower().replace('-', '')}.yaml"
+            raise StageError(
+                f"{found.folder} was made under {old['strategy']} on {old['processes']} processes, this launch is "
+                f"{new['strategy']} on {new['processes']}: go on with `accelerate launch --config_file {file} "
+                f"--num_processes {old['processes']} stages/{self.stage}.py …`, or move {self.checkpoints} away to "
+                "start again"
+            )
+        return found
+
+    def _go_on(self, found: Checkpoint) -> None:
+        """Cuts the logs back to where the checkpoint was made: what came after it comes again."""
+        for name in LOGS:
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, found.facts["logs"].get(name, 0))
 
     def _put_aside_unfinished(self) -> None:
         """Logs of an earlier attempt that did not finish are kept under attempts/."""
@@ -231,29 +275,28 @@ class StageRun:
         state = processes()
         temporary = self.folder / "final.partial"
         if state.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that this one goes on from
             temporary.mkdir()
             write(temporary)
             self._write_run_json(metrics)
-            files = {str(f.relative_to(temporary)): f for f in sorted(temporary.rglob("*")) if f.is_file()}
+            files = fingerprints.of_files(temporary)
             done = {
                 "stage": self.stage,
                 "identity": self.identity,
                 "config": fingerprints.of_value(self.identity["dials"]),
-                "tokenizer": fingerprints.of_file(files["tokenizer.json"]) if "tokenizer.json" in files else None,
+                "tokenizer": files.get("tokenizer.json", {}).get("sha256"),
                 "base": {name: parent["fingerprint"] for name, parent in self.parents.items()},
                 "parents": self.parents,
-                "files": {
-                    name: {"bytes": f.stat().st_size, "sha256": fingerprints.of_file(f)} for name, f in files.items()
-                },
+                "files": files,
                 "metrics": metrics,
             }
             done["fingerprint"] = fingerprints.of_value([done["identity"], done["files"]])
-            for file in files.values():
-                _sync(file)
+            fingerprints.sync(temporary)
             (temporary / "DONE.json").write_text(json.dumps(done, indent=1, default=str) + "\n", encoding="utf-8")
-            _sync(temporary / "DONE.json")
+            fingerprints.sync(temporary)
             temporary.rename(self.final)
-            _sync(self.folder)
+            fingerprints.sync(self.final.parent)
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
             if self._tracking is not None:
                 self._tracking.finished(metrics, self.final, str(done["fingerprint"]), self.parents)
         state.wait_for_everyone()
@@ -322,11 +365,3 @@ def _git_revision() -> str:
         [git, "-C", here, "--no-optional-locks", "status", "--porcelain"], capture_output=True, text=True, check=False
     )
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from pipeline.config import SFT
 from pipeline.data import completion_rows, show_example, with_chat_template
 from pipeline.formats import read_rows
 from pipeline.models import Policy, base_of, check_model, load_language_model, load_tokenizer, save_policy, with_adapter
-from pipeline.process import quiet, say
+from pipeline.process import processes, quiet, say
 from pipeline.run import StageRun
 from pipeline.trainers import NextTokenTrainer, in_length_batches, trained, training_arguments, validation_loss
 
@@ -19,6 +19,7 @@ from pipeline.trainers import NextTokenTrainer, in_length_batches, trained, trai
 def train(config: SFT) -> Path:
     """Trains prompt -> completion and returns the `final` directory, which `from_pretrained` loads."""
     quiet()
+    config.optim.accumulation(processes().num_processes)  # a batch that does not divide is refused before any work
     base = config.run.final("pretrain", config.base)
     stage = StageRun("sft", config, {"base": base}, [config.train_file, config.validation_file])
     if stage.is_finished():

@@ -5,6 +5,7 @@ what is to be saved. Where weights are whole already (one process, DDP, ZeRO-1, 
 """
 
 import copy
+import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -17,9 +18,14 @@ from torch.distributed.tensor import DTensor
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def has_engine(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed's engine accumulates, clips and steps by itself, told by `sync_gradients` when."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
 def in_pieces(accelerator: Accelerator) -> bool:
     """Whether preparing a module leaves each process with a piece of its weights."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if has_engine(accelerator):
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
 
@@ -88,3 +94,14 @@ def filled(empty: Model, weights: dict[str, Tensor]) -> Model:
     if lacking or unexpected:
         raise ValueError(f"weights of another module: missing {sorted(lacking)}, unused {sorted(unexpected)}")
     return empty.to(next(iter(weights.values())).device)  # the buffers
+
+
+def gathering_cost(stage: str, module: nn.Module, empty: nn.Module) -> str:
+    """One line on what `whole` takes, measured by doing it once; all processes have to call it together."""
+    started = time.monotonic()
+    with whole(module, empty) as gathered:
+        size = sum(p.numel() * p.element_size() for p in gathered.parameters())
+    return (
+        f"{stage}: the weights lie in pieces: to put them together for each rollout takes {size / 2**30:.2g} GiB more "
+        f"on every process, and {time.monotonic() - started:.1f} s"
+    )

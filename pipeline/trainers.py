@@ -2,23 +2,26 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
+from accelerate.utils import convert_outputs_to_fp32
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTTrainer
+from trl import RewardTrainer, SFTTrainer
 
-from pipeline.config import Optim, Run
+from pipeline.config import Optim, Run, UserError
 from pipeline.data import IGNORED, length_batches, pad
 from pipeline.losses import next_token_loss
-from pipeline.process import checked, new_accelerator, processes
+from pipeline.models import load_tokenizer, tokenizer_fingerprint
+from pipeline.process import autocast, checked, keep_torch_optimizer, new_accelerator, processes
 from pipeline.run import StageRun
 from pipeline.shards import Model, empty_copy, filled, in_pieces, whole_weights
 from pipeline.tensors import masked_sum
@@ -27,9 +30,10 @@ from pipeline.tensors import masked_sum
 def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
     """The arguments that TRL's SFTConfig and RewardConfig share, from our dials."""
     return dict(
-        output_dir=str(folder),
+        output_dir=str(folder / "checkpoints/trainer"),
         seed=run.seed,
-        bf16=run.precision == "bf16",
+        bf16=False,  # `trained` does that, alike under every strategy
+        fp16=run.precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=optim.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -45,7 +49,8 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
         logging_steps=10,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="steps" if run.checkpoint_every else "no",
+        save_steps=run.checkpoint_every or 1,
         eval_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -82,6 +87,7 @@ class Report(TrainerCallback):
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.started, self.tokens = run, time.monotonic(), 0.0
+        self.before = run.resumed.facts["state"]["tokens"] if run.resumed else 0.0  # read by an earlier attempt
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.run.heartbeat.phase = f"step {state.global_step}"  # steps are short: the next beat will write it
@@ -96,7 +102,7 @@ class Report(TrainerCallback):
             raise FloatingPointError(
                 f"{self.run.stage}: loss is {metrics['loss']} at step {state.global_step}: stopped"
             )
-        metrics["tokens_per_second"] = round(metrics["tokens"] / (time.monotonic() - self.started))
+        metrics["tokens_per_second"] = round((metrics["tokens"] - self.before) / (time.monotonic() - self.started))
         self.run.log(state.global_step, metrics)
         shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_second']:,}"}
         if "accuracy" in metrics:
@@ -104,15 +110,62 @@ class Report(TrainerCallback):
         self.run.progress(state.max_steps, state.global_step, **shown)
 
 
-def trained(trainer: transformers.Trainer, model: Model, run: StageRun) -> Model:
-    """Trains with our log in place of the trainer's printing; returns the model, whole on every process."""
+class Keeper(TrainerCallback):
+    """Makes a stage's checkpoint of what the trainer has just written."""
+
+    def __init__(self, run: StageRun, trainer: transformers.Trainer) -> None:
+        self.run, self.trainer = run, trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert args.output_dir is not None
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+        def take(folder: Path) -> None:
+            if processes().is_main_process:
+                for path in written.iterdir():
+                    path.rename(folder / path.name)
+                written.rmdir()
+
+        processes().wait_for_everyone()
+        self.run.checkpoint(state.global_step, take, {"tokens": self.trainer._total_train_tokens})  # type: ignore[attr-defined]
+
+
+def trained(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRun) -> Model:
+    """Trains, from the stage's checkpoint if there is one, with our log in place of the trainer's printing.
+
+    Returns the model, whole on every process.
+    """
     accelerator = checked(trainer.accelerator)
+    keep_torch_optimizer(accelerator)
     empty = empty_copy(model) if in_pieces(accelerator) else None
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Report(run))
-    trainer.train()
+    trainer.add_callback(Keeper(run, trainer))
+    start = None
+    if run.resumed:
+        start = str(run.resumed.folder)
+        trainer._total_train_tokens = run.resumed.facts["state"]["tokens"]
+        assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
+        if tokenizer_fingerprint(load_tokenizer(start)) != tokenizer_fingerprint(trainer.processing_class):
+            raise UserError(f"{start}: the tokenizer made now is another; move {run.checkpoints} away to start again")
+    with computing(model, run.config.run.precision):
+        trainer.train(resume_from_checkpoint=start)
     unset_hf_deepspeed_config()  # as in new_accelerator
+    run.heartbeat.enter("evaluation")
     return model if empty is None else filled(empty, whole_weights(model))
+
+
+@contextmanager
+def computing(model: nn.Module, precision: str) -> Iterator[None]:
+    """Within it the model's forward runs in that precision and gives fp32, as Accelerate has it under DDP alone."""
+    own = vars(model).get("forward")  # a trainer may have put one on the instance
+    model.forward = convert_outputs_to_fp32(autocast(precision)(model.forward))
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 class NextTokenTrainer(SFTTrainer):
@@ -157,7 +210,7 @@ def validation_loss(
         inputs, mask = pad([ids[row] for row in part], tokenizer.pad_token_id, "right")
         targets, _ = pad([labels[row] for row in part], IGNORED, "right")
         inputs, mask, targets = (x.to(accelerator.device) for x in (inputs, mask, targets))
-        with accelerator.autocast():
+        with autocast(precision):
             logits = model(input_ids=inputs, attention_mask=mask.long(), use_cache=False).logits
         losses, counted = next_token_loss(logits, targets, 0.0)
         total += torch.stack([masked_sum(losses, counted).double(), counted.sum().double()])

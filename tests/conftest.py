@@ -13,6 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from pipeline import pretrain, reward, sft
+from pipeline.config import SFT, Optim, Pretrain, Reward, Run, Sampling
 from pipeline.models import ATTENTION, new_reward_model, save_policy, train_tokenizer
 
 SENTENCES = ("the cat sat on a mat.", " a dog ate the cake,", " not the hat. no", " so he had tea on the sea.")
@@ -71,6 +74,36 @@ def saved(make_model: ModelMaker, tokenizer: Tokenizer, tmp_path_factory: pytest
     for kind in ("gpt2", "llama"):
         save_policy(make_model(kind), tokenizer, folder / kind)
     return {kind: folder / kind for kind in ("gpt2", "llama")}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and parents: 32 texts, so that batches of 8 come out even, and a policy, a base and a reward model."""
+    folder = tmp_path_factory.mktemp("ranks")
+    words = ["cat", "dog", "hat", "sea"]
+    texts = [f"the {a} saw the {b} and the {c}." for a in words for b in words for c in words[:2]]
+
+    def write(name: str, rows: list[dict]) -> str:
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(file)
+
+    corpus = write("texts", [{"text": text} for text in texts])
+    demonstrations = write("demonstrations", [{"prompt": t[:11], "completion": t[11:]} for t in texts])
+    pairs = write("pairs", [{"chosen": t, "rejected": t[::-1], "margin": n % 3} for n, t in enumerate(texts)])
+    prompts = write("prompts", [{"prompt": text[: 8 + n % 5]} for n, text in enumerate(texts)])
+    run = Run(recipe="parents", runs=str(folder), precision="fp32", report_to="none", seed=7)
+    optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=8)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "context": 48, "sample_tokens": 4}
+    pretrain.train(Pretrain(run=run, optim=optim, train_file=corpus, validation_file=corpus, tokenizer="char", **sizes))
+    sft.train(SFT(run=run, optim=optim, train_file=demonstrations, validation_file=demonstrations))
+    reward.train(
+        Reward(
+            run=run, optim=optim, train_file=pairs, validation_file=pairs, test_file=pairs, prompts_file=prompts,
+            centre_prompts=20, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16),
+        )
+    )  # fmt: skip
+    return folder
 
 
 @pytest.fixture

@@ -7,9 +7,13 @@ FOLDER has the parents (see the test); everything goes to FOLDER/NAME/.
 
 import dataclasses
 import json
+import shutil
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -27,8 +31,9 @@ from pipeline.models import (
     load_tokenizer,
     with_adapter,
 )
-from pipeline.process import new_accelerator, processes, quiet
+from pipeline.process import autocast, new_accelerator, processes, quiet
 from pipeline.rollout import Rollout, generate, to_experience
+from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 from pipeline.shards import whole_weights
 
@@ -76,12 +81,47 @@ def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT |
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
 
 
-def fixed_update(folder: Path, out: Path, full: bool) -> None:
-    """One PPO update on rollouts that do not depend on the number of processes; rank r of n learns from rows r::n."""
+class CutOff(RuntimeError):
+    """In place of a power cut."""
+
+
+@contextmanager
+def cut_off(after: int) -> Iterator[None]:
+    """Within it a stage ends as soon as its checkpoint of that step is written."""
+    save = StageRun.checkpoint
+
+    def then_stop(run: StageRun, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+        save(run, step, write, state)
+        if step == after:
+            raise CutOff
+
+    StageRun.checkpoint = then_stop  # type: ignore[method-assign]
+    try:
+        yield
+    except CutOff:
+        pass
+    finally:
+        StageRun.checkpoint = save  # type: ignore[method-assign]
+
+
+def changed(config: Any, **values: Any) -> Any:
+    """The config with other values, wherever its dials stand."""
+    own = {field.name for field in dataclasses.fields(config)}
+    run = {name: value for name, value in values.items() if name not in own}
+    here = {name: value for name, value in values.items() if name in own}
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **run), **here)
+
+
+def fixed_update(folder: Path, out: Path, kind: str) -> None:
+    """One PPO update on rollouts that do not depend on the number of processes; rank r of n learns from rows r::n.
+
+    `fixed`: LoRA with a critic of its own; `fixed_full`: all weights with a head; `fixed_bf16`: that in bf16;
+    `fixed_nan`: `fixed_full` after an update in which one process has an advantage that is no number.
+    """
     config = configs(folder, out, "fixed")["ppo"]
-    assert isinstance(config, PPO)
-    config = dataclasses.replace(config, minibatches=1, epochs=3)
-    accelerator = new_accelerator("fp32")
+    full = kind != "fixed"
+    config = changed(config, minibatches=1, epochs=3, precision="bf16" if kind == "fixed_bf16" else "fp32")
+    accelerator = new_accelerator(config.run.precision)
     paths = folder / "parents"
     tokenizer = load_tokenizer(paths / "sft/final")
     policy, judge = load_language_model(paths / "sft/final"), load_reward_model(paths / "reward/final").eval()
@@ -98,34 +138,61 @@ def fixed_update(folder: Path, out: Path, full: bool) -> None:
     optimizer, _ = ppo.make_optimizer(actor_critic, config)
     prepared, optimizer = ppo.prepare(accelerator, actor_critic, optimizer, config)
     against = ppo.make_reference(prepared, reference, SAMPLING.temperature, tokenizer.pad_token_id)
-    experience = to_experience(
-        rollout, prepared, against, partial(reward_model_scores, judge), config,
-        partial(accelerator.reduce, reduction="sum"),
-    )  # fmt: skip
+    with autocast(config.run.precision):
+        experience = to_experience(
+            rollout, prepared, against, partial(reward_model_scores, judge), config,
+            partial(accelerator.reduce, reduction="sum"),
+        )  # fmt: skip
+    if kind == "fixed_nan":
+        right = experience.advantages.clone()
+        if accelerator.is_main_process:
+            experience.advantages[0, 0] = torch.nan
+        spoilt, in_a_row = ppo.update(prepared, optimizer, experience, config, accelerator, True)
+        assert (spoilt["skipped_updates"], in_a_row) == (3, 3), spoilt
+        experience.advantages.copy_(right)
+    torch.manual_seed(3)
     metrics, _ = ppo.update(prepared, optimizer, experience, config, accelerator, True)
     metrics |= monitor.rollout_metrics(experience, accelerator, config)
     weights = whole_weights(actor_critic)
     same = accelerator.gather(torch.stack([w.double().sum() for w in weights.values()])[None])
     assert (same == same[0]).all(), "ranks have drifted apart"
     if processes().is_main_process:
-        name = out / ("fixed_full" if full else "fixed")
-        save_file({key: w.contiguous().clone() for key, w in weights.items()}, f"{name}.safetensors")
-        Path(f"{name}.json").write_text(json.dumps(metrics))
+        save_file({key: w.contiguous().clone() for key, w in weights.items()}, out / f"{kind}.safetensors")
+        (out / f"{kind}.json").write_text(json.dumps(metrics))
     accelerator.free_memory()
 
 
-def main(folder: Path, name: str) -> None:
+def fresh(train: Callable[[Any], object], config: Any) -> None:
+    train(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+UPDATES = ("fixed", "fixed_full", "fixed_bf16", "fixed_nan")
+RESUMED = ("sft", "ppo", "ppo_full")
+
+
+def main(folder: Path, name: str, what: str = "all") -> None:
     quiet()
     out = folder / name
     out.mkdir(exist_ok=True)
-    for full in (False, True):
-        fixed_update(folder, out, full)
-        AcceleratorState._reset_state(reset_partial_state=True)
-    for stage, config in configs(folder, out, "tiny").items():
-        STAGES[stage.split("_")[0]].train(config)
-        AcceleratorState._reset_state(reset_partial_state=True)
+    for kind in UPDATES if what in ("all", "updates") else ():
+        fresh(partial(fixed_update, folder, out), kind)
+    stages = configs(folder, out, "tiny")
+    for stage in stages if what in ("all", "stages") else ():
+        fresh(STAGES[stage.split("_")[0]].train, stages[stage])
+    cut = {stage: changed(configs(folder, out, "cut")[stage], checkpoint_every=1) for stage in RESUMED}
+    if what == "all":
+        for stage in RESUMED:  # the last checkpoint of one is left for another launch
+            with cut_off(2):
+                STAGES[stage.split("_")[0]].train(cut[stage])
+            AcceleratorState._reset_state(reset_partial_state=True)
+            if processes().is_main_process:
+                shutil.copytree(cut[stage].run.folder(stage[:3]), out / "left" / cut[stage].run.recipe / stage[:3])
+            processes().wait_for_everyone()
+    for stage in RESUMED if what in ("all", "resume") else ():
+        fresh(STAGES[stage.split("_")[0]].train, cut[stage])
     print(f"rank {processes().process_index}: all done", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -10,10 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"tensors", "config", "fingerprints"},
     {"losses", "advantages", "process", "judges", "sources", "shards"},
-    {"formats", "models", "tracking", "corpus", "siblings"},
+    {"formats", "models", "tracking", "corpus", "siblings", "checkpoints"},
     {"data", "run"},
     {"scoring", "rollout", "trainers", "report"},
     {"monitor"},
+    {"keeping"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -6,6 +6,7 @@ Every launch runs tests/ranks.py: one PPO update on given rollouts, and every st
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,8 +19,6 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline import pretrain, reward, sft
-from pipeline.config import SFT, Optim, Pretrain, Reward, Run, Sampling
 from pipeline.run import verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,36 +35,6 @@ def launch(backend: str, *command: str, **environment: str) -> subprocess.Comple
         cwd=ROOT, env={**os.environ, **ENVIRONMENT, **environment}, stdin=subprocess.DEVNULL, capture_output=True,
         text=True, timeout=200, check=False,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Data and parents: 32 texts, so that batches of 8 come out even, and a policy, a base and a reward model."""
-    folder = tmp_path_factory.mktemp("ranks")
-    words = ["cat", "dog", "hat", "sea"]
-    texts = [f"the {a} saw the {b} and the {c}." for a in words for b in words for c in words[:2]]
-
-    def write(name: str, rows: list[dict]) -> str:
-        file = folder / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return str(file)
-
-    corpus = write("texts", [{"text": text} for text in texts])
-    demonstrations = write("demonstrations", [{"prompt": t[:11], "completion": t[11:]} for t in texts])
-    pairs = write("pairs", [{"chosen": t, "rejected": t[::-1], "margin": n % 3} for n, t in enumerate(texts)])
-    prompts = write("prompts", [{"prompt": text[: 8 + n % 5]} for n, text in enumerate(texts)])
-    run = Run(recipe="parents", runs=str(folder), precision="fp32", report_to="none", seed=7)
-    optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=8)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "context": 48, "sample_tokens": 4}
-    pretrain.train(Pretrain(run=run, optim=optim, train_file=corpus, validation_file=corpus, tokenizer="char", **sizes))
-    sft.train(SFT(run=run, optim=optim, train_file=demonstrations, validation_file=demonstrations))
-    reward.train(
-        Reward(
-            run=run, optim=optim, train_file=pairs, validation_file=pairs, test_file=pairs, prompts_file=prompts,
-            centre_prompts=20, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16),
-        )
-    )  # fmt: skip
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +143,63 @@ def test_ppo_is_the_same_under_every_strategy(recipe, two, ddp):
         assert second == pytest.approx(first, rel=1e-3, abs=2e-5)
 
 
+def test_a_step_that_is_no_number_on_one_process_is_skipped_by_all_and_leaves_no_trace(two):
+    ours, theirs = (load_file(two / f"{kind}.safetensors") for kind in ("fixed_full", "fixed_nan"))
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_bf16_is_the_same_under_every_strategy(two, ddp):
+    """It is arithmetic alone: the weights themselves are not rounded, and move as under DDP."""
+    ours, theirs = (load_file(run / "fixed_bf16.safetensors") for run in (ddp, two))
+    exact = load_file(ddp / "fixed_full.safetensors")
+    for name, weight in ours.items():
+        assert (theirs[name] - weight).abs().max() < 1e-5, name
+    assert max((exact[name] - weight).abs().max().item() for name, weight in ours.items()) > 1e-5
+    assert any((weight != weight.bfloat16().float()).any() for name, weight in theirs.items() if "policy" in name)
+
+
+@pytest.mark.parametrize(("stage", "recipe"), [("sft", ""), ("ppo", ""), ("ppo", "_full")])
+def test_a_stage_that_was_cut_off_goes_on_to_the_bit(stage, recipe, two):
+    whole, resumed = (two / f"{name}{recipe}" / stage for name in ("tiny", "cut"))
+    ours, theirs = weights(whole / "final"), weights(resumed / "final")
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+    assert metrics(whole) == metrics(resumed)
+    assert not (resumed / "attempts").exists()  # it did not start again
+
+
+def on_one_process(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
+    """Goes on, alone, with what a launch of two processes left."""
+    shutil.copytree(folder / name / "left", folder / f"{name}_alone")
+    return subprocess.run(
+        [sys.executable, "tests/ranks.py", str(folder), f"{name}_alone", "resume"],
+        cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+def test_one_process_goes_on_with_what_two_began(folder, ddp, one):
+    done = on_one_process(folder, "ddp")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall("goes on after step 2", done.stdout)) == 3
+    alone = folder / "ddp_alone"
+    ours, theirs = weights(one / "tiny/sft/final"), weights(alone / "cut/sft/final")
+    for name, weight in ours.items():
+        assert (theirs[name] - weight).abs().max() < 1e-2 * 1e-2, name
+    for recipe in ("", "_full"):  # its own random numbers from there on, the same run before
+        before, after = (metrics(run) for run in (ddp / f"tiny{recipe}/ppo", alone / f"cut{recipe}/ppo"))
+        assert [row["step"] for row in before] == [row["step"] for row in after]
+        assert before[:3] == after[:3]
+
+
+def test_one_process_cannot_go_on_with_pieces(folder):
+    all_stages("zero2", folder)
+    done = on_one_process(folder, "zero2")
+    assert done.returncode != 0
+    says = "made under ZeRO-2 on 2 processes, this launch is DDP on 1: go on with `accelerate launch --config_file "
+    assert says + "configs/accelerate/zero2.yaml --num_processes 2 stages/sft.py" in done.stderr
+
+
 def test_two_machines_are_two_processes(folder, ddp):
     """Two launchers that meet at one address, each with one process: what one launcher with two gives, to the bit."""
     with socket.socket() as free:
@@ -183,7 +209,8 @@ def test_two_machines_are_two_processes(folder, ddp):
         subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
              "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip",
-             "127.0.0.1", "--main_process_port", port, "tests/ranks.py", str(folder), "machines"],
+             "127.0.0.1", "--main_process_port", port, "tests/ranks.py", str(folder), "machines",
+             "stages"],
             cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )

@@ -141,6 +141,42 @@ def test_five_skipped_in_a_row_are_not_yet_too_many(actor_critic, half_broken, a
     assert ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=4)[1] == 5
 
 
+@pytest.fixture
+def scaled(monkeypatch):
+    """scaled(module, config, scale): accelerator and optimiser as fp16 on a GPU has them, but for the arithmetic."""
+
+    def make(module, config, scale):
+        monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+        accelerator = Accelerator(cpu=True)
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+        return accelerator, accelerator.prepare(ppo.make_optimizer(module, config)[0])
+
+    return make
+
+
+def test_a_loss_scale_changes_nothing(actor_critic, experience, accelerator, scaled):
+    config = dataclasses.replace(CONFIG, max_grad_norm=0.01)  # what is clipped is the gradient without its scale
+    other = copy.deepcopy(actor_critic)
+    plain = run_update(actor_critic, experience, accelerator, config)
+    with_scale, optimizer = scaled(other, config, 2.0**12)
+    torch.manual_seed(0)
+    metrics, _ = ppo.update(other, optimizer, experience, config, with_scale, True)
+    assert metrics == pytest.approx(plain, rel=1e-5, abs=1e-7)
+    for ours, theirs in zip(actor_critic.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_loss_scale_that_was_too_high_is_lowered_and_its_step_skipped(actor_critic, experience, scaled):
+    config = dataclasses.replace(CONFIG, epochs=1, minibatches=1)
+    accelerator, optimizer = scaled(actor_critic, config, 2.0**120)
+    experience.advantages.mul_(2.0**20)
+    before = weights(actor_critic)
+    metrics, skipped = ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
+    assert (metrics["skipped_updates"], skipped) == (1, 1)
+    assert accelerator.scaler.get_scale() == 2.0**119
+    assert same(actor_critic, before)
+
+
 def test_weights_that_are_not_finite_are_never_written(actor_critic, tokenizer, tmp_path):
     with torch.no_grad():
         next(actor_critic.critic.parameters()).flatten()[0] = math.inf

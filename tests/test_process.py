@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from pipeline import process
 from pipeline.config import UserError
 from pipeline.process import stage_main
 
@@ -56,3 +58,41 @@ def test_the_pages_of_a_freed_tensor_are_used_again():
 
     assert page_faults("") >= 5 * 32
     assert page_faults("keep_freed_memory()") < 32
+
+
+def test_a_launch_of_another_precision_than_the_recipes_is_refused(monkeypatch):
+    monkeypatch.setattr(process, "TOLD", "bf16")
+    with pytest.raises(UserError, match="the launch says mixed_precision: bf16, the recipe precision: fp32"):
+        process.new_accelerator("fp32")
+    assert process.new_accelerator("bf16").num_processes == 1
+
+
+@pytest.mark.parametrize("asked", ["DDP", "DEEPSPEED", "FSDP"])
+def test_fp16_is_for_gpus_under_ddp(asked, monkeypatch):
+    monkeypatch.setattr(process, "asked", lambda: asked)
+    with pytest.raises(UserError, match=r"precision: fp16 wants a loss scale, .* on a CPU say --precision bf16"):
+        process.new_accelerator("fp16")
+
+
+@pytest.mark.parametrize(
+    ("says", "dials"),
+    [
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4.*micro_batch"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5.*max_grad_norm"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer: .*learning rates"),
+        ({"bf16": {"enabled": True}}, "bf16: .*precision"),
+    ],
+)
+def test_what_the_dials_decide_is_not_for_deepspeeds_config_to_say(says, dials):
+    rest = {"gradient_accumulation_steps": 1, "gradient_clipping": "auto", "fp16": {"enabled": "auto"}}
+    process.check_deepspeed(rest)
+    with pytest.raises(UserError, match=f"the launch's DeepSpeed config says {dials}"):
+        process.check_deepspeed(rest | says)
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_stages_precision_is_that_of_matrix_products(precision, kind):
+    weight = torch.ones(2, 2, requires_grad=True)
+    with process.autocast(precision):
+        assert (weight @ weight).dtype == kind
+    assert weight.dtype == torch.float32
