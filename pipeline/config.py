@@ -65,9 +65,10 @@ class Run:
         "error", "a row that cannot be used stops the stage, or is left out and counted", choices=("error", "drop")
     )
     precision: str = dial(
-        "bf16",
-        "arithmetic of forward and backward; weights stay fp32 (fp16: on CUDA GPUs, with a loss scale)",
-        choices=("fp32", "bf16", "fp16"),
+        "auto",
+        "arithmetic of forward and backward; weights stay fp32 (auto: bf16 where that is fast, else fp32; fp16: on "
+        "CUDA GPUs, with a loss scale)",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     checkpoint_every: int = dial(
         100,

@@ -36,7 +36,7 @@ def new_accelerator(precision: str) -> Accelerator:
     DeepSpeed and FSDP are told of no precision: they would round the weights themselves. UserError for a launch that
     is not what it seems, or that contradicts the dials.
     """
-    everyone = processes()
+    everyone, precision = processes(), actual(precision)
     if precision == "fp16" and (asked() != "DDP" or everyone.device.type != "cuda"):
         where = asked() if everyone.device.type == "cuda" else "a CPU"
         raise UserError(
@@ -69,6 +69,21 @@ def check_deepspeed(deepspeed: dict[str, Any]) -> None:
             raise UserError(f"the launch's DeepSpeed config says {key}: {value}; leave that to the dials ({dials})")
 
 
+def actual(precision: str) -> str:
+    """The precision itself, or what `auto` is on this machine: bf16 where its matrix products are fast, else fp32.
+
+    A CPU without AVX-512 multiplies bf16 matrices one number at a time: thirty times as slow as fp32 (docs/log.md).
+    """
+    if precision != "auto":
+        return precision
+    kind = processes().device.type
+    if kind == "cuda":
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_fast = kind != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return "bf16" if is_fast else "fp32"
+
+
 def keep_torch_optimizer(accelerator: Accelerator) -> None:
     """Has an optimiser that DeepSpeed offloads to the CPU stay the one it was given, with each group's rate."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -77,7 +92,7 @@ def keep_torch_optimizer(accelerator: Accelerator) -> None:
 
 def autocast(precision: str) -> torch.autocast:
     """The context in which models compute at a stage's precision, the same under every strategy."""
-    kind = processes().device.type
+    kind, precision = processes().device.type, actual(precision)
     if precision == "fp32":
         return torch.autocast(kind, enabled=False)
     return torch.autocast(kind, torch.float16 if precision == "fp16" else torch.bfloat16)

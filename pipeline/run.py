@@ -32,7 +32,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from pipeline import checkpoints, fingerprints, sources
 from pipeline.checkpoints import Checkpoint
 from pipeline.config import UserError, flat, identity
-from pipeline.process import check_deepspeed, console, is_main, new_accelerator, processes, say, strategy
+from pipeline.process import actual, check_deepspeed, console, is_main, new_accelerator, processes, say, strategy
 from pipeline.shards import has_engine
 from pipeline.siblings import Heartbeat, check_same
 from pipeline.tracking import Tracking
@@ -92,13 +92,21 @@ class StageRun:
         if has_engine(accelerator):
             check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
         check_same(
-            stage, {"dials": self.dials | self.functions, "data": self.roles, "models": self.identity["parents"]}
+            stage,
+            {"dials": self.dials | self.functions, "data": self.roles, "models": self.identity["parents"]}
+            | {"arithmetic": self.launch["precision"]},
         )
         self.checkpoints = self.folder / "checkpoints"
         self.resumed: Checkpoint | None = None  # known once the stage is entered
         self.heartbeat = Heartbeat(stage, self.folder / ".processes", config.run.patience)
         self._tracking: Tracking | None = None
         self._progress: Progress | None = None
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """How it is computed, which decides no more than the rounding."""
+        precision = actual(self.config.run.precision)
+        return {"strategy": strategy(), "processes": processes().num_processes, "precision": precision}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -141,7 +149,7 @@ class StageRun:
             self._tracking = Tracking(run.report_to, self.stage, run.recipe, run.seed, self.folder, self.dials)
         processes().wait_for_everyone()
         self.heartbeat.start()
-        say(f"{self.stage}: {self.folder}")
+        say(f"{self.stage}: {self.folder} ({self.launch['precision']})")
         if self.resumed:
             say(f"{self.stage}: goes on after step {self.resumed.step} ({self.resumed.folder})")
         return self
@@ -167,8 +175,7 @@ class StageRun:
         """What a later run of the same inputs goes on from: what all processes `write`, and a JSON `state`."""
         self.heartbeat.enter(f"checkpoint {step}")
         logs = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
-        launch = {"strategy": strategy(), "processes": processes().num_processes}
-        facts = {"identity": self.identity, "launch": launch, "logs": logs, "state": state}
+        facts = {"identity": self.identity, "launch": self.launch, "logs": logs, "state": state}
         checkpoints.save(self.checkpoints, step, write, facts)
 
     def _same_run(self, found: Checkpoint | None) -> Checkpoint | None:
@@ -181,7 +188,12 @@ class StageRun:
         if found.facts["identity"] != self.identity:
             say(f"{found.folder}: of another run ({_difference(found.facts['identity'], self.identity)}): set aside")
             return None
-        old, new = found.facts["launch"], {"strategy": strategy(), "processes": processes().num_processes}
+        old, new = found.facts["launch"], self.launch
+        if old["precision"] != new["precision"]:
+            raise StageError(
+                f"{found.folder} was made in {old['precision']}, which --precision {self.config.run.precision} is not "
+                f"on this machine: go on where it was made, or move {self.checkpoints} away to start again"
+            )
         if old["strategy"] != new["strategy"] or (old != new and old["strategy"] != "DDP"):
             file = f"configs/accelerate/{old['strategy'].lower().replace('-', '')}.yaml"
             raise StageError(
@@ -215,7 +227,7 @@ class StageRun:
             "versions": _versions(),
             "revision": _git_revision(),
             "command": sys.argv,
-            "processes": processes().num_processes,
+            **self.launch,
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
             "seconds": round(time.monotonic() - self.started, 1),
             "metrics": metrics,

@@ -105,15 +105,16 @@ def test_a_checkpoint_of_other_dials_is_set_aside_with_its_attempt(interrupted, 
 @pytest.mark.parametrize(
     ("made_by", "says"),
     [
-        ({"strategy": "ZeRO-2", "processes": 2}, "under ZeRO-2 on 2 processes, this launch is DDP on 1: go on with "
-         "`accelerate launch --config_file configs/accelerate/zero2.yaml --num_processes 2 stages/ppo.py"),
-        ({"strategy": "FSDP2", "processes": 1}, "configs/accelerate/fsdp2.yaml --num_processes 1 stages/ppo.py"),
+        ({"strategy": "ZeRO-2", "processes": 2}, "made under ZeRO-2 on 2 processes, this launch is DDP on 1: go on "
+         "with `accelerate launch --config_file configs/accelerate/zero2.yaml --num_processes 2 stages/ppo.py"),
+        ({"strategy": "FSDP2"}, "configs/accelerate/fsdp2.yaml --num_processes 1 stages/ppo.py"),
+        ({"precision": "bf16"}, "was made in bf16, which --precision fp32 is not on this machine"),
     ],
 )  # fmt: skip
 def test_pieces_of_another_launch_are_refused_with_its_command(interrupted, made_by, says):
     manifest = interrupted.run.folder("ppo") / "checkpoints/3/MANIFEST.json"
     written = json.loads(manifest.read_text())
-    written["facts"]["launch"] = made_by
+    written["facts"]["launch"] |= made_by
     manifest.write_text(json.dumps(written))
     before = fingerprints.of_files(interrupted.run.folder("ppo"))
     with pytest.raises(StageError, match=says):

@@ -16,7 +16,17 @@ from pipeline.config import PPO, SFT, Chat, ConfigError, Evaluate, Merge, Pretra
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = (Pretrain, SFT, Reward, PPO, Merge, Evaluate, Chat)
-PLACES = {"runs", "report_to", "patience", "train_file", "validation_file", "sft", "reward", "judge_file"}
+PLACES = {
+    "runs",
+    "report_to",
+    "patience",
+    "checkpoint_every",
+    "train_file",
+    "validation_file",
+    "sft",
+    "reward",
+    "judge_file",
+}
 
 
 @pytest.fixture
@@ -125,7 +135,7 @@ def test_a_yaml_value_survives(write, kind, line, dial, value):
         (SFT, "learning_rate: none", "learning_rate", "expected a number, got 'none'"),
         (SFT, "rslora: 1", "rslora", "expected true or false, got '1'"),
         (SFT, "rslora: maybe", "rslora", "expected true or false"),
-        (SFT, "precision: fp8", "precision", "expected one of fp32, bf16, got 'fp8'"),
+        (SFT, "precision: fp8", "precision", "expected one of auto, fp32, bf16, fp16, got 'fp8'"),
         (SFT, "report_to: no", "report_to", "expected one of wandb, tensorboard, trackio, none, got 'false'"),
         (SFT, "batch_size: 0", "batch_size", "expected at least 1, got 0"),
         (SFT, "seed: -1", "seed", "expected at least 0, got -1"),
@@ -161,7 +171,7 @@ def test_every_wrong_value_is_named_even_where_the_command_line_overrides_it(wri
         (["--batch_size", "12.5"], "argument --batch_size: expected an integer, got '12.5'"),
         (["--batch_size=0"], "argument --batch_size: expected at least 1, got 0"),
         (["--learning_rate", "nan"], "argument --learning_rate: expected a finite number"),
-        (["--precision", "fp8"], "argument --precision: expected one of fp32, bf16"),
+        (["--precision", "fp8"], "argument --precision: expected one of auto, fp32, bf16, fp16"),
         (["--rslora", "2"], "argument --rslora: expected true or false"),
         (["--batchsize", "3"], "unknown dial 'batchsize'; did you mean 'batch_size'?"),
         (["--batchsize=3"], "unknown dial 'batchsize'; did you mean 'batch_size'?"),
@@ -253,7 +263,7 @@ def test_a_resolved_config_parses_to_itself(write):
 
 def test_identity_leaves_out_places_and_nothing_else():
     moved = dataclasses.replace(
-        PPO(), run=dataclasses.replace(PPO().run, runs="elsewhere", report_to="none", patience=9.0)
+        PPO(), run=dataclasses.replace(PPO().run, runs="elsewhere", report_to="none", patience=9.0, checkpoint_every=3)
     )
     moved = dataclasses.replace(moved, sft="a", reward="b", train_file="c", validation_file="d", judge_file="e")
     assert identity(moved) == identity(PPO())

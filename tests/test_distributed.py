@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,13 @@ FINALS = ("tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward", "tiny/ppo
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
-def launch(backend: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    backend: str, *command: str, launch_with: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` on two CPU processes; FSDP is told that they are GPU's, which only a test may do."""
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0",
-         "--config_file", f"configs/accelerate/{backend}.yaml", *command],
+         "--config_file", f"configs/accelerate/{backend}.yaml", *launch_with, *command],
         cwd=ROOT, env={**os.environ, **ENVIRONMENT, **environment}, stdin=subprocess.DEVNULL, capture_output=True,
         text=True, timeout=200, check=False,
     )  # fmt: skip
@@ -143,6 +146,19 @@ def test_ppo_is_the_same_under_every_strategy(recipe, two, ddp):
         assert second == pytest.approx(first, rel=1e-3, abs=2e-5)
 
 
+def test_offloaded_weights_and_optimiser_give_the_same(folder):
+    """Kept in the CPU's memory between uses: the optimiser stays the one that was given, with its two rates."""
+    offload = ["--offload_optimizer_device", "cpu", "--offload_param_device", "cpu"]
+    done = launch("zero3", "tests/ranks.py", str(folder), "offload", "updates", launch_with=offload)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in ("fixed", "fixed_full"):
+        ours, theirs = (
+            load_file(run / f"{kind}.safetensors") for run in (all_stages("zero3", folder), folder / "offload")
+        )
+        for name, weight in ours.items():
+            assert (theirs[name] - weight).abs().max() < 1e-5, name
+
+
 def test_a_step_that_is_no_number_on_one_process_is_skipped_by_all_and_leaves_no_trace(two):
     ours, theirs = (load_file(two / f"{kind}.safetensors") for kind in ("fixed_full", "fixed_nan"))
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
@@ -228,13 +244,21 @@ def test_two_machines_are_two_processes(folder, ddp):
 # launches that are not what they seem
 
 
-def refused(backend: str, says: str, folder: Path, tmp_path: Path, *dials: str, **environment: str) -> None:
+def refused(
+    backend: str,
+    says: str,
+    folder: Path,
+    tmp_path: Path,
+    *dials: str,
+    launch_with: Sequence[str] = (),
+    **environment: str,
+) -> None:
     """SFT ends with one sentence, of the process that was the first to stop, and leaves nothing."""
     file, base = str(folder / "demonstrations.jsonl"), str(folder / "parents/pretrain/final")
     dials = dials or ("--precision", "fp32")
     files = ["--train_file", file, "--validation_file", file, "--base", base]
     given = [*files, "--runs", str(tmp_path), *dials]
-    done = launch(backend, "stages/sft.py", *given, **environment)
+    done = launch(backend, "stages/sft.py", *given, launch_with=launch_with, **environment)
     assert done.returncode != 0
     assert re.search(f"error: .{{0,40}}{says}", done.stderr), done.stderr[-3000:]
     assert not list(tmp_path.iterdir())
@@ -245,8 +269,25 @@ def test_fsdp_on_cpus_is_refused(folder, tmp_path):
     refused("fsdp2", says, folder, tmp_path)
 
 
-def test_bfloat16_that_would_round_the_weights_is_refused(folder, tmp_path):
-    refused("zero2", "under DEEPSPEED bf16 would round the weights", folder, tmp_path, "--precision", "bf16")
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(folder, tmp_path):
+    says = re.escape("batch_size / (micro_batch x processes): 6 does not divide by 4; choose a multiple")
+    refused("ddp", says, folder, tmp_path, "--batch_size", "6", "--micro_batch", "2")
+
+
+def test_accumulation_that_the_launch_asks_for_is_refused(folder, tmp_path):
+    says = "the launch's DeepSpeed config says gradient_accumulation_steps: 4; leave that to the dials"
+    refused("zero2", says, folder, tmp_path, launch_with=["--gradient_accumulation_steps", "4"])
+
+
+def test_a_port_in_use_is_named(folder, tmp_path):
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        for backend in ("ddp", "zero2"):
+            done = launch(backend, "stages/sft.py", "--runs", str(tmp_path), launch_with=["--main_process_port", port])
+            assert done.returncode != 0
+            assert re.search(f"port.*{port}", done.stderr), done.stderr[-3000:]
 
 
 def test_deepspeed_that_became_ddp_is_refused(folder, tmp_path):

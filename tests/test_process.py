@@ -96,3 +96,12 @@ def test_a_stages_precision_is_that_of_matrix_products(precision, kind):
     with process.autocast(precision):
         assert (weight @ weight).dtype == kind
     assert weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("AVX512", "bf16"), ("AVX2", "fp32"), ("DEFAULT", "fp32")])
+def test_auto_is_what_this_machine_is_fast_in(capability, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert process.actual("auto") == precision
+    assert process.actual("bf16") == "bf16"
+    with process.autocast("auto"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
