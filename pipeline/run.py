@@ -139,14 +139,15 @@ class StageRun:
         found: list[Checkpoint | None] = [checkpoints.newest(self.checkpoints) if is_main() else None]
         broadcast_object_list(found)
         self.resumed = self._same_run(found[0])
+        self.number = self.resumed.facts["number"] if self.resumed else uuid.uuid4().hex[:8]
         if is_main():
             self._check_disk()
             self._go_on(self.resumed) if self.resumed else self._put_aside_unfinished()
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(self.dials, sort_keys=False), encoding="utf-8")
             self._write_run_json({})
-            run = self.config.run
-            self._tracking = Tracking(run.report_to, self.stage, run.recipe, run.seed, self.folder, self.dials)
+            run, known = self.config.run, (self.folder, self.dials, self.number)
+            self._tracking = Tracking(run.report_to, self.stage, run.recipe, run.seed, *known)
         processes().wait_for_everyone()
         self.heartbeat.start()
         say(f"{self.stage}: {self.folder} ({self.launch['precision']})")
@@ -175,7 +176,7 @@ class StageRun:
         """What a later run of the same inputs goes on from: what all processes `write`, and a JSON `state`."""
         self.heartbeat.enter(f"checkpoint {step}")
         logs = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
-        facts = {"identity": self.identity, "launch": self.launch, "logs": logs, "state": state}
+        facts = {"identity": self.identity, "launch": self.launch, "logs": logs, "number": self.number, "state": state}
         checkpoints.save(self.checkpoints, step, write, facts)
 
     def _same_run(self, found: Checkpoint | None) -> Checkpoint | None:

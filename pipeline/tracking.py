@@ -7,7 +7,7 @@ reference: its files are fingerprinted, neither copied nor uploaded. Its metadat
 
 import importlib.util
 import os
-import uuid
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ class Tracking:
     """One stage's run in one tracker; `report_to` none makes every call do nothing."""
 
     def __init__(
-        self, report_to: str, stage: str, recipe: str, seed: int, folder: Path, dials: Mapping[str, Any]
+        self, report_to: str, stage: str, recipe: str, seed: int, folder: Path, dials: Mapping[str, Any], number: str
     ) -> None:
+        """`number` is a run's own; a run that goes on has the number it had, and the tracker goes on with it."""
         self.stage, self.recipe = stage, recipe
         self.tracker: GeneralTracker | None = None
         if report_to == "none":
@@ -34,15 +35,16 @@ class Tracking:
             raise UserError(
                 f"report_to {report_to} needs a package: `pip install {PACKAGES[report_to][0]}`, or --report_to none"
             )
-        name = f"{recipe}-{stage}-seed{seed}-{uuid.uuid4().hex[:4]}"
+        name = f"{recipe}-{stage}-seed{seed}-{number}"
         project = os.environ.get("WANDB_PROJECT", "rlhf-pipeline")
         if report_to == "wandb":
-            self.tracker = start_wandb(project, group=recipe, job_type=stage, name=name, dir=str(folder))
+            known = {"id": re.sub(r"[^\w.-]", "-", name), "resume": "allow"}
+            self.tracker = start_wandb(project, group=recipe, job_type=stage, name=name, dir=str(folder), **known)
         elif report_to == "tensorboard":
             self.tracker = TensorBoardTracker("tensorboard", logging_dir=folder)
             self.tracker.start()
         else:
-            self.tracker = TrackioTracker(project, group=recipe, name=name)
+            self.tracker = TrackioTracker(project, group=recipe, name=name, resume="allow")
             self.tracker.start()
         values = {dial: value if isinstance(value, bool | int | float) else str(value) for dial, value in dials.items()}
         self.tracker.store_init_configuration(values)

@@ -175,13 +175,38 @@ def test_tensorboard_gets_metrics_config_and_samples(project):
 def test_a_missing_package_is_named_before_anything_is_written(project, monkeypatch):
     monkeypatch.setitem(PACKAGES, "trackio", ("no_such_package",))
     with pytest.raises(UserError, match="report_to trackio needs a package: `pip install no_such_package`"):
-        Tracking("trackio", "sft", "r", 0, project, {})
+        Tracking("trackio", "sft", "r", 0, project, {}, "1")
 
 
 def test_none_does_nothing(project):
-    tracking = Tracking("none", "sft", "r", 0, project, vars(parse(SFT, ["--config", "empty.yaml"]).run))
+    tracking = Tracking("none", "sft", "r", 0, project, vars(parse(SFT, ["--config", "empty.yaml"]).run), "1")
     tracking.log({"loss": 1.0}, 1)
     tracking.table([{"a": 1}], 1)
     tracking.finished({}, project, "", {})
     tracking.close(failed=True)
     assert {path.name for path in project.iterdir()} == {"empty.yaml", "train.jsonl"}
+
+
+def test_a_stage_that_goes_on_is_the_same_run_in_wandb(project):
+    done = subprocess.run(
+        [sys.executable, "-c", """
+from pathlib import Path
+from pipeline.config import Pretrain, parse
+from pipeline.run import StageRun
+config = parse(Pretrain, ["--config", "empty.yaml", "--recipe", "r"])
+for step in (1, 2):
+    run = StageRun("pretrain", config, {}, ["train.jsonl"])
+    try:
+        with run:
+            print("run id", run._tracking.tracker.run.id, run.resumed and run.resumed.step)
+            run.checkpoint(step, lambda folder: (folder / "weights").write_text("w"), {})
+            raise KeyError
+    except KeyError:
+        pass
+"""],
+        cwd=project, env={**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}, capture_output=True,
+        text=True, timeout=120, check=True,
+    )  # fmt: skip
+    first, second = [line.split() for line in done.stdout.splitlines() if line.startswith("run id")]
+    assert first[2] == second[2]
+    assert (first[3], second[3]) == ("None", "1")
