@@ -108,8 +108,14 @@ class Optim:
     micro_batch: int = dial(32, "rows per forward on one process", low=1)
     gradient_checkpointing: bool = dial(False, CHECKPOINTING)
 
+    def rows_per_forward(self, processes: int) -> int:
+        """`micro_batch`, or a process's whole share of a batch where that is less."""
+        return min(self.micro_batch, exact(self.batch_size, processes, "batch_size / processes"))
+
     def accumulation(self, processes: int) -> int:
-        return exact(self.batch_size, self.micro_batch * processes, "batch_size / (micro_batch x processes)")
+        """Forwards per optimiser step on one process."""
+        parts = self.rows_per_forward(processes) * processes
+        return exact(self.batch_size, parts, "batch_size / (micro_batch x processes)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
         use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=optim.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        per_device_train_batch_size=optim.micro_batch,
+        per_device_train_batch_size=optim.rows_per_forward(processes().num_processes),
         gradient_accumulation_steps=optim.accumulation(processes().num_processes),
         num_train_epochs=optim.epochs,
         learning_rate=optim.learning_rate,

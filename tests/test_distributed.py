@@ -245,15 +245,10 @@ def test_two_machines_are_two_processes(folder, ddp):
 
 
 def refused(
-    backend: str,
-    says: str,
-    folder: Path,
-    tmp_path: Path,
-    *dials: str,
-    launch_with: Sequence[str] = (),
+    backend: str, says: str, folder: Path, tmp_path: Path, *dials: str, launch_with: Sequence[str] = (),
     **environment: str,
-) -> None:
-    """SFT ends with one sentence, of the process that was the first to stop, and leaves nothing."""
+) -> str:  # fmt: skip
+    """SFT ends with one sentence, of the process that was the first to stop, and leaves nothing; what it printed."""
     file, base = str(folder / "demonstrations.jsonl"), str(folder / "parents/pretrain/final")
     dials = dials or ("--precision", "fp32")
     files = ["--train_file", file, "--validation_file", file, "--base", base]
@@ -262,6 +257,7 @@ def refused(
     assert done.returncode != 0
     assert re.search(f"error: .{{0,40}}{says}", done.stderr), done.stderr[-3000:]
     assert not list(tmp_path.iterdir())
+    return done.stderr
 
 
 def test_fsdp_on_cpus_is_refused(folder, tmp_path):
@@ -269,25 +265,25 @@ def test_fsdp_on_cpus_is_refused(folder, tmp_path):
     refused("fsdp2", says, folder, tmp_path)
 
 
-def test_a_batch_that_does_not_divide_by_the_processes_is_refused(folder, tmp_path):
-    says = re.escape("batch_size / (micro_batch x processes): 6 does not divide by 4; choose a multiple")
-    refused("ddp", says, folder, tmp_path, "--batch_size", "6", "--micro_batch", "2")
-
-
 def test_accumulation_that_the_launch_asks_for_is_refused(folder, tmp_path):
     says = "the launch's DeepSpeed config says gradient_accumulation_steps: 4; leave that to the dials"
     refused("zero2", says, folder, tmp_path, launch_with=["--gradient_accumulation_steps", "4"])
 
 
-def test_a_port_in_use_is_named(folder, tmp_path):
+def test_a_batch_that_does_not_divide_is_refused_and_a_port_in_use_is_named(folder, tmp_path):
+    """The launcher takes another port where it can, on one machine; two machines have to agree on one."""
     with socket.socket() as busy:
         busy.bind(("", 0))
         busy.listen()
         port = str(busy.getsockname()[1])
-        for backend in ("ddp", "zero2"):
-            done = launch(backend, "stages/sft.py", "--runs", str(tmp_path), launch_with=["--main_process_port", port])
-            assert done.returncode != 0
-            assert re.search(f"port.*{port}", done.stderr), done.stderr[-3000:]
+        says = re.escape("batch_size / processes: 7 does not divide by 2; choose a multiple")
+        printed = refused("ddp", says, folder, tmp_path, "--batch_size", "7", launch_with=["--main_process_port", port])
+        assert f"Port `{port}` is already in use" in printed
+        assert len(re.findall(f"^error: {says}", printed, re.MULTILINE)) == 2  # every process says so
+        nodes = ["--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "127.0.0.1"]
+        done = launch("ddp", "stages/sft.py", launch_with=[*nodes, "--main_process_port", port])
+        assert done.returncode != 0
+        assert f"on port `{port}`, but another process is utilizing it" in done.stderr
 
 
 def test_deepspeed_that_became_ddp_is_refused(folder, tmp_path):
@@ -312,11 +308,11 @@ def test_a_launch_files_first_line_is_its_command(backend):
     ],
 )
 def test_a_process_that_is_lost_is_named_and_the_others_end(backend, fault, says, folder):
-    started = time.monotonic()
     done = launch(backend, "tests/faults.py", str(folder), backend, fault)
+    seconds = time.time() - float((folder / f"{backend}_{fault}.lost").read_text())
     assert done.returncode != 0
     assert re.search(f"^error: ppo: {says}", done.stderr, re.MULTILINE), done.stderr[-3000:]
-    assert time.monotonic() - started < 60 + 20  # starting and importing included
+    assert seconds < 60
     assert not list((folder / f"{backend}_{fault}").rglob("DONE.json"))
 
 
