@@ -37,7 +37,6 @@ from pipeline.models import (
     merge_adapter,
     new_language_model,
     new_reward_model,
-    reference_role,
     response_logprobs,
     same_tokenizer,
     save_policy,
@@ -46,6 +45,7 @@ from pipeline.models import (
     with_adapter,
     without_dropout,
 )
+from pipeline.roles import role
 from pipeline.scoring import reward_model_scores
 
 KINDS = ("gpt2", "llama")
@@ -292,11 +292,11 @@ def test_the_reference_role_is_the_base_bit_for_bit(kind, adapter, make_model):
         optimizer.zero_grad()
     moved = logits(policy)
     assert (moved - base).abs().max() > 0.1
-    with reference_role(policy):
+    with role(policy, None):
         assert torch.equal(logits(policy), base)
         assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
     assert torch.equal(logits(policy), moved)
-    with pytest.raises(KeyError), reference_role(policy):
+    with pytest.raises(KeyError), role(policy, None):
         raise KeyError
     assert torch.equal(logits(policy), moved)
     assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
