@@ -49,7 +49,7 @@ from pipeline.models import (
 )
 from pipeline.monitor import EVALUATED, Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
 from pipeline.process import is_main, new_accelerator, processes, quiet, say
-from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD, add_role, config_of, copy_role
+from pipeline.roles import CRITIC, REFERENCE, REWARD, add_role, config_of, copy_role
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
 from pipeline.scoring import fitted_judge, reward_model_scores, role_scores

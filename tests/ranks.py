@@ -37,7 +37,10 @@ LORA = Adapter(adapter="lora", lora_rank=2)
 
 
 def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT | Reward | PPO]:
-    """Every stage, full and with an adapter, on the parents of `folder`; batches divide by one and by two processes."""
+    """Every stage, full and with an adapter, on the parents of `folder`; batches divide by one and by two processes.
+
+    `ppo_roles` has policy, reference, critic and reward model on one base.
+    """
     run = Run(recipe=recipe, runs=str(runs), precision="fp32", report_to="none")
     optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=2)
     final = {stage: str(folder / f"parents/{stage}/final") for stage in ("pretrain", "sft", "reward")}
@@ -52,6 +55,11 @@ def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT |
         critic_warmup=1, eval_every=2, eval_prompts=6, learning_rate=3e-3, keep="last",
         max_grad_norm=1e9,
     )  # fmt: skip
+    scorer = Reward(
+        run=run, optim=optim, base=final["pretrain"], sft=final["sft"], train_file=file["pairs"],
+        validation_file=file["pairs"], test_file=file["pairs"], prompts_file=file["prompts"], centre_prompts=20,
+        sampling=SAMPLING,
+    )  # fmt: skip
     elsewhere = partial(dataclasses.replace, run)
     return {
         "pretrain": Pretrain(
@@ -60,15 +68,16 @@ def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT |
         ),
         "sft": tuned,
         "sft_lora": dataclasses.replace(tuned, run=elsewhere(recipe=f"{recipe}_lora"), adapter=LORA),
-        "reward": Reward(
-            run=run, optim=optim, base=final["pretrain"], sft=final["sft"], train_file=file["pairs"],
-            validation_file=file["pairs"], test_file=file["pairs"], prompts_file=file["prompts"], centre_prompts=20,
-            sampling=SAMPLING,
-        ),
+        "reward": scorer,
+        "reward_lora": dataclasses.replace(scorer, run=elsewhere(recipe=f"{recipe}_lora"), adapter=LORA),
         "ppo": aligned,
         "ppo_full": dataclasses.replace(
             aligned, run=elsewhere(recipe=f"{recipe}_full"), adapter=Adapter(adapter="none"), critic="head",
             max_grad_norm=0.1,
+        ),
+        "ppo_roles": dataclasses.replace(
+            aligned, run=elsewhere(recipe=f"{recipe}_roles"),
+            reward=str(folder / "parents_lora/reward/final"),
         ),
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline import pretrain, reward, sft
-from pipeline.config import SFT, Optim, Pretrain, Reward, Run, Sampling
+from pipeline.config import SFT, Adapter, Optim, Pretrain, Reward, Run, Sampling
 from pipeline.run import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-FINALS = ("tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward", "tiny/ppo", "tiny_full/ppo")
+FINALS = (
+    "tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward", "tiny_lora/reward", "tiny/ppo", "tiny_full/ppo",
+    "tiny_roles/ppo",
+)  # fmt: skip
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
@@ -40,7 +44,10 @@ def launch(backend: str, *command: str, **environment: str) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Data and parents: 32 texts, so that batches of 8 come out even, and a policy, a base and a reward model."""
+    """Data and parents: 32 texts, so that batches of 8 come out even, a policy, a base and two reward models.
+
+    The second is an adapter on the policy, as a role of PPO has to be.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     words = ["cat", "dog", "hat", "sea"]
     texts = [f"the {a} saw the {b} and the {c}." for a in words for b in words for c in words[:2]]
@@ -59,10 +66,16 @@ def folder(tmp_path_factory) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "context": 48, "sample_tokens": 4}
     pretrain.train(Pretrain(run=run, optim=optim, train_file=corpus, validation_file=corpus, tokenizer="char", **sizes))
     sft.train(SFT(run=run, optim=optim, train_file=demonstrations, validation_file=demonstrations))
+    scorer = Reward(
+        run=run, optim=optim, train_file=pairs, validation_file=pairs, test_file=pairs, prompts_file=prompts,
+        centre_prompts=20, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16),
+    )  # fmt: skip
+    reward.train(scorer)
+    policy = str(folder / "parents/sft/final")
     reward.train(
-        Reward(
-            run=run, optim=optim, train_file=pairs, validation_file=pairs, test_file=pairs, prompts_file=prompts,
-            centre_prompts=20, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16),
+        replace(
+            scorer, run=replace(run, recipe="parents_lora"), adapter=Adapter(adapter="lora", lora_rank=3), base=policy,
+            sft=policy,
         )
     )  # fmt: skip
     return folder
@@ -128,7 +141,7 @@ def test_a_ppo_update_on_given_rollouts_is_that_of_one_process(kind, one, two):
     assert ours["grad_norm"] > 1e-2
 
 
-@pytest.mark.parametrize("stage", ["tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward"])
+@pytest.mark.parametrize("stage", ["tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward", "tiny_lora/reward"])
 def test_a_trainers_stage_is_the_same_mathematics_on_one_process_and_on_two(stage, one, two, folder):
     alone, together = (weights(run / stage / "final") for run in (one, two))
     assert alone.keys() == together.keys()
@@ -156,7 +169,7 @@ def test_what_is_written_is_whole_and_loads_on_one_process(stage, two):
     assert json.loads((final.parent / "run.json").read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "tiny_full"])
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_full", "tiny_roles"])
 def test_ppo_is_the_same_under_every_strategy(recipe, two, ddp):
     """A run over sampling, updates and evaluations, to rounding: 1e-6 under ZeRO-1 and ZeRO-2, else 1e-5.
 
