@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, WordLevel
 from torch import Tensor, nn
@@ -62,6 +63,11 @@ Model = TypeVar("Model", bound=nn.Module)
 ATTENTION = None if torch.accelerator.is_available() else "eager"
 """Attention kernel: transformers' own choice on an accelerator. On CPUs the plain one is the faster at the lengths of
 preference data (docs/log.md); it keeps T x T numbers per head and layer."""
+
+
+MOST_LOGITS = 2**24
+"""How many are made into log-probabilities at a time, 64 MiB in fp32: that takes several copies of them, and with a
+vocabulary of 50,000 more memory than the model. Of more, the parts are computed again in the backward pass."""
 
 
 class ModelError(UserError):
@@ -586,9 +592,20 @@ def response_logprobs(
         logits_to_keep=size + 1,
     )
     hook.remove()
-    logits = logits_without(output.logits[:, :-1], [pad_id])
-    found = logprobs_and_entropy(logits, input_ids[:, -size:], temperature)
+    logits, tokens = output.logits[:, :-1], input_ids[:, -size:]
+    rows = max(1, MOST_LOGITS // logits[0].numel())
+    if rows >= len(logits):
+        found = token_logprobs(logits, tokens, temperature, pad_id)
+    else:
+        parts = zip(logits.split(rows), tokens.split(rows), strict=True)
+        made = [checkpoint(token_logprobs, *part, temperature, pad_id, use_reentrant=False) for part in parts]
+        found = tuple(torch.cat(column) for column in zip(*made, strict=True))
     return (*found, states[0][:, -size - 1 : -1]) if with_hidden else found
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, pad_id: int) -> tuple[Tensor, ...]:
+    """Log-probabilities and entropies (B, T) of tokens (B, T) under logits (B, T, V) without the padding token."""
+    return logprobs_and_entropy(logits_without(logits, [pad_id]), tokens, temperature)
 
 
 # saving
@@ -613,10 +630,16 @@ def save_with_base(model: Policy, folder: Path) -> None:
         return
     base = base_of(model)
     weights = base_weights(base)
-    model.peft_config[POLICY].base_model_name_or_path = None
+    config = config_of(model)
+    config.base_model_name_or_path = None
     base.name_or_path = None  # else PEFT writes this path again
     model.save_pretrained(str(folder), selected_adapters=[POLICY])
     (folder / "README.md").unlink()  # a model card with empty headings
+    if isinstance(config, LoraConfig) and config.use_dora:
+        # PEFT leaves `.weight` off DoRA's magnitudes, and transformers, which wants it, then has them at their start.
+        file = folder / "adapter_model.safetensors"
+        named = {f"{k}.weight" if k.endswith("lora_magnitude_vector") else k: w for k, w in load_file(file).items()}
+        save_file(named, file, metadata={"format": "pt"})
     base.save_pretrained(folder, state_dict=weights)
 
 

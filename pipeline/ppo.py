@@ -49,7 +49,7 @@ from pipeline.models import (
 )
 from pipeline.monitor import EVALUATED, Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
 from pipeline.process import is_main, new_accelerator, processes, quiet, say
-from pipeline.roles import CRITIC, REFERENCE, REWARD, add_role, config_of, copy_role
+from pipeline.roles import CRITIC, REFERENCE, REWARD, add_role, config_of, copy_role, trunk_fingerprint
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
 from pipeline.scoring import fitted_judge, reward_model_scores, role_scores
@@ -152,7 +152,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         else:
             history.append(evaluated(stage, config.rollouts, evaluate(config, history), actor_critic, history))
         kept, summary = keep(history, actor_critic, empty, config)
-        return stage.finish(partial(save, kept, tokenizer), summary)
+        return stage.finish(partial(save, kept, tokenizer), summary | {"roles": origins(kept)})
 
 
 def make_critic(
@@ -425,6 +425,28 @@ def keep(
     score, kl = kept.metrics["eval_score"], kept.metrics["eval_kl"]
     say(f"ppo: kept rollout {kept.step}: validation score {score:+.2f}, KL {kl:.2f} nats per response")
     return actor_critic, {**kept.metrics, "kept_rollout": kept.step, "stopped": wrong}
+
+
+def origins(actor_critic: ActorCritic) -> dict[str, str]:
+    """What each role started from and stands on, for DONE.json."""
+    policy, critic = actor_critic.policy, actor_critic.critic
+    is_adapter = isinstance(critic, ValueHead) and critic.role == CRITIC
+    found = {
+        "policy": "all of SFT's weights",
+        "reference": "a frozen copy",
+        "critic": "a model of its own" if isinstance(critic, Critic) else "a head on the policy",
+        "reward": "a model or function of its own",
+    }
+    if not isinstance(policy, PeftModel):
+        return found
+    is_copy, on_base = REFERENCE in policy.peft_config, "an adapter on the base"
+    return found | {
+        "base": trunk_fingerprint(base_of(policy)),
+        "policy": "a copy of SFT's adapter" if is_copy else "a new adapter on SFT",
+        "reference": "SFT's adapter" if is_copy else "the base",
+        "critic": on_base if is_adapter else found["critic"],
+        "reward": found["reward"] if actor_critic.reward is None else on_base,
+    }
 
 
 def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
