@@ -20,16 +20,17 @@ from pipeline.config import PPO, SFT, Adapter, Optim, Pretrain, Reward, Run, Sam
 from pipeline.models import (
     ActorCritic,
     Critic,
+    Policy,
     ValueHead,
     base_of,
     load_language_model,
+    load_reward,
     load_reward_model,
     load_tokenizer,
     with_adapter,
 )
 from pipeline.process import new_accelerator, processes, quiet
 from pipeline.rollout import Rollout, generate, to_experience
-from pipeline.scoring import reward_model_scores
 from pipeline.shards import whole_weights
 
 SAMPLING = Sampling(max_new_tokens=8, max_prompt_tokens=16, temperature=0.7)
@@ -85,11 +86,19 @@ def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT |
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
 
 
-def fixed_update(folder: Path, out: Path, full: bool) -> None:
-    """One PPO update on rollouts that do not depend on the number of processes; rank r of n learns from rows r::n."""
+FIXED = ("fixed", "fixed_full", "fixed_roles", "fixed_roles_again")
+
+
+def fixed_update(folder: Path, out: Path, kind: str) -> None:
+    """One PPO update on rollouts that do not depend on the number of processes; rank r of n learns from rows r::n.
+
+    Of an adapter with a critic of its own, of all weights with a head on them, or of four roles on one base, the last
+    also with activations computed again.
+    """
     config = configs(folder, out, "fixed")["ppo"]
     assert isinstance(config, PPO)
-    config = dataclasses.replace(config, minibatches=1, epochs=3)
+    again = kind == "fixed_roles_again"
+    config = dataclasses.replace(config, minibatches=1, epochs=3, gradient_checkpointing=again)
     accelerator = new_accelerator("fp32")
     paths = folder / "parents"
     tokenizer = load_tokenizer(paths / "sft/final")
@@ -101,25 +110,32 @@ def fixed_update(folder: Path, out: Path, full: bool) -> None:
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     rollout = Rollout(**{f.name: getattr(rollout, f.name)[mine] for f in dataclasses.fields(Rollout)})
     torch.manual_seed(2)
-    actor: torch.nn.Module = policy if full else with_adapter(base_of(policy), LORA)
-    critic = ValueHead(16) if full else Critic(judge)
-    actor_critic = ActorCritic(actor, critic, SAMPLING.temperature, tokenizer.pad_token_id).eval()  # type: ignore[arg-type]
+    actor: Policy = policy if kind == "fixed_full" else with_adapter(base_of(policy), LORA)
+    head = load_reward(folder / "parents_lora/reward/final", actor) if "roles" in kind else None
+    assert head is None or isinstance(head, ValueHead)
+    critic = ValueHead(16) if kind == "fixed_full" else Critic(judge)
+    if head is not None:
+        critic = ppo.make_critic("reward", actor, head, tokenizer.pad_token_id)
+    actor_critic = ActorCritic(actor, critic, SAMPLING.temperature, tokenizer.pad_token_id, head).eval()
+    start = {name: p.detach().clone() for name, p in actor_critic.named_parameters()}
+    learns = {name for name, p in actor_critic.named_parameters() if p.requires_grad}
+    if again:
+        actor_critic.checkpoint_activations()
     optimizer, _ = ppo.make_optimizer(actor_critic, config)
     prepared, optimizer = ppo.prepare(accelerator, actor_critic, optimizer, config)
     against = ppo.make_reference(prepared, reference, SAMPLING.temperature, tokenizer.pad_token_id)
-    experience = to_experience(
-        rollout, prepared, against, partial(reward_model_scores, judge), config,
-        partial(accelerator.reduce, reduction="sum"),
-    )  # fmt: skip
+    score = ppo.make_score(prepared, judge if head is None else head, accelerator.device)
+    experience = to_experience(rollout, prepared, against, score, config, partial(accelerator.reduce, reduction="sum"))
     metrics, _ = ppo.update(prepared, optimizer, experience, config, accelerator, True)
     metrics |= monitor.rollout_metrics(experience, accelerator, config)
     weights = whole_weights(actor_critic)
+    moved = {name for name, weight in weights.items() if name in start and not torch.equal(weight, start[name])}
+    assert moved == learns, moved ^ learns
     same = accelerator.gather(torch.stack([w.double().sum() for w in weights.values()])[None])
     assert (same == same[0]).all(), "ranks have drifted apart"
     if processes().is_main_process:
-        name = out / ("fixed_full" if full else "fixed")
-        save_file({key: w.contiguous().clone() for key, w in weights.items()}, f"{name}.safetensors")
-        Path(f"{name}.json").write_text(json.dumps(metrics))
+        save_file({key: w.contiguous().clone() for key, w in weights.items()}, out / f"{kind}.safetensors")
+        (out / f"{kind}.json").write_text(json.dumps(metrics))
     accelerator.free_memory()
 
 
@@ -127,8 +143,8 @@ def main(folder: Path, name: str) -> None:
     quiet()
     out = folder / name
     out.mkdir(exist_ok=True)
-    for full in (False, True):
-        fixed_update(folder, out, full)
+    for kind in FIXED:
+        fixed_update(folder, out, kind)
         AcceleratorState._reset_state(reset_partial_state=True)
     for stage, config in configs(folder, out, "tiny").items():
         STAGES[stage.split("_")[0]].train(config)

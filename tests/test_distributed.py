@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import FIXED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -126,7 +127,7 @@ def moved(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor]) -> float
     return max((end[name] - start[name]).abs().max().item() for name in end if name in start)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "fixed_full"])
+@pytest.mark.parametrize("kind", FIXED)
 def test_a_ppo_update_on_given_rollouts_is_that_of_one_process(kind, one, two):
     """Statistics, whitening, losses, gradients and weights: global, and equal to rounding."""
     ours, theirs = (json.loads((run / f"{kind}.json").read_text()) for run in (one, two))
@@ -139,6 +140,13 @@ def test_a_ppo_update_on_given_rollouts_is_that_of_one_process(kind, one, two):
     for name, weight in alone.items():
         assert (together[name] - weight).abs().max() < 1e-3 * step, name
     assert ours["grad_norm"] > 1e-2
+
+
+def test_four_roles_learn_the_same_when_activations_are_computed_again(one, two):
+    for run in (one, two):
+        kept, again = (load_file(run / f"{kind}.safetensors") for kind in ("fixed_roles", "fixed_roles_again"))
+        assert kept.keys() == again.keys()
+        assert all((again[name] - weight).abs().max() < 1e-5 for name, weight in kept.items())
 
 
 @pytest.mark.parametrize("stage", ["tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward", "tiny_lora/reward"])
