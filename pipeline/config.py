@@ -126,9 +126,14 @@ class Adapter:
     lora_rank: int = dial(16, "rank of the LoRA update", low=1)
     lora_alpha: float = dial(32.0, "LoRA scale: the update is alpha/rank * BA (rsLoRA: alpha/sqrt(rank))", low=0)
     rslora: bool = dial(False, "rank-stabilised scale")
+    dora: bool = dial(False, "LoRA trains direction and magnitude apart (Liu et al., arXiv 2402.09353)")
     adapter_targets: str = dial(
         "", "comma-separated module names; empty: every linear layer but the head (IA3: PEFT's)"
     )
+
+    def check(self) -> None:
+        if self.dora and self.adapter != "lora":
+            raise ConfigError(f"dora: it is a kind of LoRA, and adapter is {self.adapter}; say --adapter lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +195,15 @@ class SFT:
         0.0, "probability spread over the K-1 wrong classes (Szegedy et al., arXiv 1512.00567)", low=0, high=0.8
     )
 
+    def check(self) -> None:
+        self.adapter.check()
+
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
     run: Run = Run()
     optim: Optim = Optim(batch_size=32, micro_batch=32)
+    adapter: Adapter = Adapter()
     head_learning_rate: float = dial(5e-3, "peak learning rate of the score head, which alone starts from noise", low=0)
     base: str = dial("", "model to start from; empty: this recipe's pretrain/final", place=True)
     sft: str = dial("", "policy whose samples are given mean score 0; empty: this recipe's sft/final", place=True)
@@ -216,6 +225,9 @@ class Reward:
         "drop", "a longer row is left out, keeps its first tokens, or stops the stage", choices=("drop", "cut", "error")
     )
     sampling: Sampling = Sampling()
+
+    def check(self) -> None:
+        self.adapter.check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +294,7 @@ class PPO:
     )
 
     def check(self) -> None:
+        self.adapter.check()
         if self.critic_warmup >= self.rollouts:
             raise ConfigError(
                 f"critic_warmup ({self.critic_warmup}) leaves no rollout of {self.rollouts} to train the policy in; "

@@ -6,19 +6,20 @@ is `config.score_shift`; scoring subtracts it and a critic made from the reward 
 training the critic predicts just what the reward model would pay.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, WordLevel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -33,6 +34,25 @@ from transformers import (
 from pipeline import fingerprints
 from pipeline.config import Adapter, Pretrain, UserError
 from pipeline.process import say
+from pipeline.roles import (
+    POLICY,
+    PREFIX,
+    REFERENCE,
+    REWARD,
+    AdapterConfig,
+    adapter_layers,
+    add_role,
+    base_weights,
+    config_of,
+    fill,
+    for_language_model,
+    in_the_same_role,
+    kind,
+    role,
+    taken_off,
+    trunk_fingerprint,
+    without_adapter,
+)
 from pipeline.tensors import logits_without, logprobs_and_entropy, position_ids
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -43,6 +63,11 @@ Model = TypeVar("Model", bound=nn.Module)
 ATTENTION = None if torch.accelerator.is_available() else "eager"
 """Attention kernel: transformers' own choice on an accelerator. On CPUs the plain one is the faster at the lengths of
 preference data (docs/log.md); it keeps T x T numbers per head and layer."""
+
+
+MOST_LOGITS = 2**24
+"""How many are made into log-probabilities at a time, 64 MiB in fp32: that takes several copies of them, and with a
+vocabulary of 50,000 more memory than the model. Of more, the parts are computed again in the backward pass."""
 
 
 class ModelError(UserError):
@@ -198,28 +223,25 @@ def load_language_model(path: str | Path) -> PreTrainedModel:
     Raises ModelError for a checkpoint that lacks weights, which transformers would draw at random, or that has a head
     of another kind, which it would drop: a reward model or critic with tied embeddings loads as a policy otherwise.
     """
+    return without_dropout(merge_adapter(loaded_language_model(path)))
+
+
+def loaded_language_model(path: str | Path) -> PreTrainedModel:
+    """The same with its adapter on it."""
     model, info = loaded(AutoModelForCausalLM, path)
     if info["missing_keys"]:
         raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
     heads = [name for name in sorted(info["unexpected_keys"]) if not name.startswith(f"{model.base_model_prefix}.")]
     if heads:
         raise ModelError(f"{path}: not a language model: it has a head that would not be used: {', '.join(heads[:5])}")
-    return without_dropout(merge_adapter(model))
+    return model
 
 
 def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """The model with its adapter added into its weights, every adapter layer gone and all trainable; in place."""
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
-    for name, layer in layers:
+    for layer in adapter_layers(model):
         layer.merge(safe_merge=True)
-        model.set_submodule(name, layer.get_base_layer())
-    if layers:
-        model._hf_peft_config_loaded = False  # save_pretrained would otherwise write an adapter alone
-        del model.peft_config
-        model.requires_grad_(True)  # the adapter's loading froze the base
-        # Left by the adapter's loading: save_pretrained would apply them to the name of every weight.
-        vars(model).pop("_weight_conversions", None)
-    return model
+    return without_adapter(model)
 
 
 def without_dropout(model: Model) -> Model:
@@ -232,39 +254,62 @@ def without_dropout(model: Model) -> Model:
     return model
 
 
-def with_adapter(model: PreTrainedModel, dials: Adapter) -> PeftModel:
-    """The model frozen, under a fresh trainable adapter that changes nothing yet."""
+def with_adapter(model: PreTrainedModel, dials: Adapter, task: TaskType = TaskType.CAUSAL_LM) -> PeftModel:
+    """The model frozen, under a fresh trainable adapter that changes nothing yet; a classifier's head is trained."""
     targets: Any = dials.adapter_targets.split(",") if dials.adapter_targets else None
     if dials.adapter == "lora":
         config: Any = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=task,
             r=dials.lora_rank,
             lora_alpha=dials.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: any number will do
             use_rslora=dials.rslora,
+            use_dora=dials.dora,
             target_modules=targets or "all-linear",
         )
     elif dials.adapter == "ia3":
-        config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=targets)
+        config = IA3Config(task_type=task, target_modules=targets)
     else:
         raise ModelError(f"adapter: expected lora or ia3, got {dials.adapter}")
     return get_peft_model(model, config)
 
 
-@contextlib.contextmanager
-def reference_role(policy: Policy) -> Iterator[None]:
-    """Within it an adapter policy is its own frozen reference: the adapter layers pass their base through, bit for bit.
+def load_policy(path: str | Path, dials: Adapter) -> Policy:
+    """The SFT policy, to be trained: all of it, or an adapter on it, fresh and without effect.
 
-    Only what the layers read changes. PEFT's `disable_adapter` would also toggle `requires_grad`, which must never
-    change once the optimiser and the process group know the parameters.
+    Where SFT is an adapter itself, that is what is trained further, on SFT's own base: the policy starts as its copy,
+    and a frozen one is the reference. ModelError for dials that ask for another adapter than SFT's.
     """
-    layers = [layer for layer in policy.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
+    if dials.adapter == "none":
+        return load_language_model(path)
+    base = loaded_language_model(path)
+    sft = taken_off(base)
+    if sft is None:
+        return with_adapter(without_dropout(base), dials)
+    check_dials(dials, sft.config, path)
+    policy = get_peft_model(base, for_language_model(sft.config))
+    fill(policy, POLICY, sft.weights)
+    add_role(policy, REFERENCE, sft.config, sft.weights)
+    return without_dropout(policy)
+
+
+def check_dials(dials: Adapter, config: AdapterConfig, path: str | Path) -> None:
+    """ModelError for a dial that is not as it was when the adapter at `path` was made; names it and both values."""
+    made: dict[str, Any] = {"adapter": kind(config)}
+    if isinstance(config, LoraConfig):
+        made |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
+        made |= {"rslora": config.use_rslora, "dora": config.use_dora}
+    for name, value in made.items():
+        if getattr(dials, name) != value:
+            raise ModelError(
+                f"{path}: it is an adapter, which PPO trains further, and its {name} is {value}, not "
+                f"{getattr(dials, name)}: say --{name} {value}, or --adapter none to train all weights"
+            )
+    targets = sorted(config.target_modules or ())
+    if dials.adapter_targets and sorted(dials.adapter_targets.split(",")) != targets:
+        raise ModelError(
+            f"{path}: it is an adapter, which PPO trains further, and its adapter_targets are {','.join(targets)}, not "
+            f"{dials.adapter_targets}: leave adapter_targets empty"
+        )
 
 
 def base_of(policy: Policy) -> PreTrainedModel:
@@ -286,7 +331,7 @@ def new_classifier(language_model: PreTrainedModel, pad_id: int) -> PreTrainedMo
     config.num_labels, config.pad_token_id = 1, pad_id
     config.score_shift = 0.0
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
-    model.base_model.load_state_dict(language_model.base_model.state_dict())
+    model.base_model.load_state_dict(base_weights(language_model.base_model))
     nn.init.zeros_(head_weight(model))
     return without_dropout(model)
 
@@ -302,14 +347,22 @@ def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def load_reward_model(path: str | Path) -> PreTrainedModel:
-    """A reward model or critic with its head; ModelError if the head or the shift was not saved with it."""
+    """A reward model or critic with its head, an adapter merged into it.
+
+    Raises ModelError if the head or the shift was not saved with it, or another head that would not be used.
+    """
+    return without_dropout(merge_adapter(loaded_reward_model(path)))
+
+
+def loaded_reward_model(path: str | Path) -> PreTrainedModel:
+    """The same with its adapter on it."""
     model, info = loaded(AutoModelForSequenceClassification, path)
     if info["missing_keys"] or info["unexpected_keys"]:
         keys = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise ModelError(f"{path}: not a whole reward model: missing or unused weights {', '.join(keys[:5])}")
     if model.config.num_labels != 1 or not hasattr(model.config, "score_shift"):
         raise ModelError(f"{path}: expected a reward model with one label and a score_shift, made by stages/reward.py")
-    return without_dropout(model)
+    return model
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
@@ -319,14 +372,19 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def head_outputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, shift: Tensor | float) -> Tensor:
-    """The head's output minus shift at every position, (B, S) fp32; input_ids (B, S), attention_mask (B, S) boolean."""
-    hidden = model.base_model(
+def last_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The trunk's last hidden states (B, S, d); input_ids (B, S), attention_mask (B, S) boolean."""
+    return model.base_model(
         input_ids=input_ids.masked_fill(~attention_mask, 0),
         attention_mask=attention_mask.long(),
         position_ids=position_ids(attention_mask),
         use_cache=False,
     ).last_hidden_state
+
+
+def head_outputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, shift: Tensor | float) -> Tensor:
+    """The head's output minus shift at every position, (B, S) fp32; input_ids (B, S), attention_mask (B, S) boolean."""
+    hidden = last_states(model, input_ids, attention_mask)
     with torch.autocast(hidden.device.type, enabled=False):
         return nn.functional.linear(hidden.float(), head_weight(model).float()).squeeze(-1) - shift
 
@@ -353,11 +411,16 @@ class Critic(nn.Module):
 
 
 class ValueHead(nn.Linear):
-    """State values as a linear function of the policy's own last hidden states, zero at first (Ziegler et al., arXiv
-    1909.08593): one trunk, one forward, and the value loss trains the policy's trunk too."""
+    """A linear function of the last hidden states of one role on the policy's base.
 
-    def __init__(self, width: int) -> None:
+    State values of the policy's own states, zero at first (Ziegler et al., arXiv 1909.08593): one trunk, one forward,
+    and the value loss trains the policy's trunk too. Or those of the critic's adapter, or the score of the reward's:
+    then weight and bias are a classifier's head and its shift, negated.
+    """
+
+    def __init__(self, width: int, role: str = POLICY) -> None:
         super().__init__(width, 1)
+        self.role = role
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -368,26 +431,82 @@ class ValueHead(nn.Linear):
 
     @torch.no_grad()
     def save(self, folder: Path, policy: Policy, pad_id: int) -> None:
-        """Writes the classifier that gives these values, trunk included: it is the policy's, an adapter merged."""
-        classifier = new_classifier(merge_adapter(copy.deepcopy(base_of(policy))), pad_id)
-        head_weight(classifier).copy_(self.weight)
+        """Writes the classifier that gives these values: the policy's trunk, its adapter merged, or the critic's role
+        on the base, in the form of a reward model that is an adapter."""
+        own = base_of(policy)
+        if self.role == POLICY:
+            own = merge_adapter(copy.deepcopy(own))
+        classifier: Policy = new_classifier(own, pad_id)
+        head_weight(base_of(classifier)).copy_(self.weight)
         classifier.config.score_shift = -self.bias.item()
-        classifier.save_pretrained(folder)
+        if self.role != POLICY:
+            assert isinstance(policy, PeftModel)
+            config = copy.deepcopy(policy.peft_config[self.role])
+            config.task_type = TaskType.SEQ_CLS
+            weights = get_peft_model_state_dict(policy, adapter_name=self.role)
+            classifier = get_peft_model(base_of(classifier), config)
+            fill(classifier, POLICY, weights | {f"{PREFIX}score.weight": self.weight})
+        save_with_base(classifier, folder)
+
+
+def load_reward(path: str | Path, policy: Policy) -> PreTrainedModel | ValueHead:
+    """The frozen reward model; where it and the policy are adapters its head, its adapter then on the policy's base.
+
+    Raises ModelError where it cannot be a role there: another type of adapter than the policy's, or another base.
+    """
+    model = loaded_reward_model(path)
+    if not isinstance(policy, PeftModel) or not adapter_layers(model):
+        return frozen(without_dropout(merge_adapter(model)))
+    shift, weight = model.config.score_shift, head_weight(model)
+    saved = taken_off(model)
+    assert saved is not None
+    theirs, ours = kind(saved.config), kind(config_of(policy))
+    if theirs != ours:
+        raise ModelError(
+            f"{path}: it is {theirs} and the policy {ours}: roles on one base have one type of adapter; train "
+            f"one of them again with the other's"
+        )
+    theirs, ours = trunk_fingerprint(model), trunk_fingerprint(base_of(policy))
+    if theirs != ours:
+        raise ModelError(
+            f"{path}: it is an adapter on another base ({theirs}) than the policy's ({ours}): train the reward model "
+            "with --base of SFT's final/ or, where SFT is an adapter itself, of the model that SFT started from"
+        )
+    head = ValueHead(weight.shape[1], REWARD)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.fill_(-shift)
+    own = {key: value for key, value in saved.weights.items() if key != f"{PREFIX}score.weight"}
+    add_role(policy, REWARD, saved.config, own)
+    return frozen(head)
 
 
 class ActorCritic(nn.Module):
-    """All that PPO trains, as one module: policy and critic, one forward, one optimiser."""
+    """All that PPO trains, as one module: policy and critic, one forward, one optimiser.
 
-    def __init__(self, policy: Policy, critic: Critic | ValueHead, temperature: float, pad_id: int) -> None:
+    And what is frozen on the policy's base: the reference, and the reward model if `reward` is its head.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        critic: Critic | ValueHead,
+        temperature: float,
+        pad_id: int,
+        reward: ValueHead | None = None,
+    ) -> None:
         super().__init__()
-        self.policy, self.critic = policy, critic
+        self.policy, self.critic, self.reward = policy, critic, reward
         self.temperature, self.pad_id = temperature, pad_id
+        self.recomputes_layers = False
         self._no_split_modules = base_of(policy)._no_split_modules  # the layers that FSDP gathers one at a time
 
     def checkpoint_activations(self) -> None:
         """In train mode the layers then keep their input alone; dropout is 0, so both modes compute the same."""
+        self.recomputes_layers = True
         for model in (base_of(self.policy), *([self.critic.model] if isinstance(self.critic, Critic) else [])):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            in_role = partial(in_the_same_role, adapter_layers(model))
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": in_role})
 
     def tie_weights(self) -> None:
         """Makes tied weights one again, after FSDP has loaded them one by one."""
@@ -397,24 +516,48 @@ class ActorCritic(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        size: int,
+        size: int = 0,
         trains_policy: bool = True,
-        as_reference: bool = False,
+        as_role: str = POLICY,
     ) -> tuple[Tensor, ...]:
         """Log-probabilities, entropies and values, each (B, T), of the last T = size tokens of (B, S) rows.
 
         values[:, t] is read before token t is emitted, as the log-probability of token t is. Without `trains_policy`
-        the values have no gradient in the policy's trunk. `as_reference`: of the policy without its adapter, no values.
+        the values have no gradient in the policy's trunk. `as_role`: of the reference, without values; or the reward
+        role's scores (B, S) of what ends at each token, alone.
         """
         rows = (input_ids, attention_mask, size, self.temperature, self.pad_id)
-        if as_reference:
-            with reference_role(self.policy):
+        if as_role == REWARD:
+            assert self.reward is not None
+            return (self.role_outputs(self.reward, input_ids, attention_mask),)
+        if as_role == REFERENCE:
+            assert isinstance(self.policy, PeftModel)
+            with role(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None):
                 return response_logprobs(self.policy, *rows)
-        if isinstance(self.critic, ValueHead):
+        if isinstance(self.critic, ValueHead) and self.critic.role == POLICY:
             logprobs, entropies, hidden = response_logprobs(self.policy, *rows, with_hidden=True)
             return logprobs, entropies, self.critic(hidden if trains_policy else hidden.detach())
+        if isinstance(self.critic, Critic):
+            values = self.critic(input_ids, attention_mask)
+        else:
+            values = self.role_outputs(self.critic, input_ids, attention_mask)
         logprobs, entropies = response_logprobs(self.policy, *rows)
-        return logprobs, entropies, self.critic(input_ids, attention_mask)[:, -size - 1 : -1]
+        return logprobs, entropies, values[:, -size - 1 : -1]
+
+    def role_outputs(self, head: ValueHead, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """A head on the states of its role, (B, S) fp32.
+
+        For a gradient the trunk keeps its input alone. Called before the policy's forward it is computed again after
+        the policy's backward, which frees what that has kept: there are never two roles' activations at a time.
+        """
+
+        def states() -> Tensor:
+            with role(self.policy, head.role):
+                return last_states(base_of(self.policy), input_ids, attention_mask)
+
+        if not torch.is_grad_enabled() or (self.recomputes_layers and self.training):
+            return head(states())
+        return head(checkpoint(states, use_reentrant=False))
 
     def save_critic(self, folder: Path) -> None:
         """A directory from which `load_reward_model` gives these values."""
@@ -449,36 +592,55 @@ def response_logprobs(
         logits_to_keep=size + 1,
     )
     hook.remove()
-    logits = logits_without(output.logits[:, :-1], [pad_id])
-    found = logprobs_and_entropy(logits, input_ids[:, -size:], temperature)
+    logits, tokens = output.logits[:, :-1], input_ids[:, -size:]
+    rows = max(1, MOST_LOGITS // logits[0].numel())
+    if rows >= len(logits):
+        found = token_logprobs(logits, tokens, temperature, pad_id)
+    else:
+        parts = zip(logits.split(rows), tokens.split(rows), strict=True)
+        made = [checkpoint(token_logprobs, *part, temperature, pad_id, use_reentrant=False) for part in parts]
+        found = tuple(torch.cat(column) for column in zip(*made, strict=True))
     return (*found, states[0][:, -size - 1 : -1]) if with_hidden else found
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, pad_id: int) -> tuple[Tensor, ...]:
+    """Log-probabilities and entropies (B, T) of tokens (B, T) under logits (B, T, V) without the padding token."""
+    return logprobs_and_entropy(logits_without(logits, [pad_id]), tokens, temperature)
 
 
 # saving
 
 
 def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads from anywhere, tokenizer included.
+    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads from anywhere, tokenizer included."""
+    base = base_of(policy)
+    base.generation_config = sampling_config(tokenizer, base)
+    save_with_base(policy, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_with_base(model: Policy, folder: Path) -> None:
+    """Writes a model so that `from_pretrained` loads it from anywhere; of several adapters the policy's alone.
 
     With an adapter the directory holds the base it was trained on as well: an adapter alone names its base by a path,
     which is wrong as soon as the directory moves.
     """
-    if isinstance(policy, PeftModel):
-        base = base_of(policy)
-        weights: dict[str, Tensor] | None = {
-            name.replace(".base_layer.", "."): weight
-            for name, weight in base.state_dict().items()
-            if not any(part.startswith(("lora_", "ia3_")) for part in name.split("."))
-        }
-        policy.peft_config["default"].base_model_name_or_path = None
-        base.name_or_path = None  # else PEFT writes this path again
-        policy.save_pretrained(str(folder))
-        (folder / "README.md").unlink()  # a model card with empty headings
-    else:
-        base, weights = policy, None
-    base.generation_config = sampling_config(tokenizer, base)
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return
+    base = base_of(model)
+    weights = base_weights(base)
+    config = config_of(model)
+    config.base_model_name_or_path = None
+    base.name_or_path = None  # else PEFT writes this path again
+    model.save_pretrained(str(folder), selected_adapters=[POLICY])
+    (folder / "README.md").unlink()  # a model card with empty headings
+    if isinstance(config, LoraConfig) and config.use_dora:
+        # PEFT leaves `.weight` off DoRA's magnitudes, and transformers, which wants it, then has them at their start.
+        file = folder / "adapter_model.safetensors"
+        named = {f"{k}.weight" if k.endswith("lora_magnitude_vector") else k: w for k, w in load_file(file).items()}
+        save_file(named, file, metadata={"format": "pt"})
     base.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
 
 
 def sampling_config(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> GenerationConfig:

@@ -38,21 +38,22 @@ from pipeline.models import (
     Critic,
     Policy,
     ValueHead,
+    base_of,
     check_model,
     frozen,
-    load_language_model,
-    load_reward_model,
+    load_policy,
+    load_reward,
     new_classifier,
     response_logprobs,
     same_tokenizer,
     save_policy,
-    with_adapter,
 )
 from pipeline.monitor import EVALUATED, Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
 from pipeline.process import autocast, is_main, new_accelerator, processes, quiet, say
+from pipeline.roles import CRITIC, REFERENCE, REWARD, add_role, config_of, copy_role, trunk_fingerprint
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
-from pipeline.scoring import fitted_judge, reward_model_scores
+from pipeline.scoring import fitted_judge, reward_model_scores, role_scores
 from pipeline.shards import empty_copy, filled, gathering_cost, has_engine, in_pieces, whole, whole_weights
 from pipeline.tensors import masked_mean
 
@@ -86,12 +87,13 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         set_seed(config.run.seed)  # the same weights on every process
         tokenizer = same_tokenizer(parents)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
-        sft = load_language_model(parents["sft"])
-        check_model(sft, tokenizer, longest, parents["sft"])
-        reward_model = frozen(load_reward_model(parents["reward"])) if "reward" in parents else None
-        critic = make_critic(config.critic, sft, reward_model, tokenizer.pad_token_id)
-        policy: Policy = sft if config.adapter.adapter == "none" else with_adapter(sft, config.adapter)
-        actor_critic = ActorCritic(policy, critic, config.sampling.temperature, tokenizer.pad_token_id).eval()
+        policy = load_policy(parents["sft"], config.adapter)
+        check_model(base_of(policy), tokenizer, longest, parents["sft"])
+        reward_model = load_reward(parents["reward"], policy) if "reward" in parents else None
+        critic = make_critic(config.critic, policy, reward_model, tokenizer.pad_token_id)
+        reward_head = reward_model if isinstance(reward_model, ValueHead) else None
+        pad_id, temperature = tokenizer.pad_token_id, config.sampling.temperature
+        actor_critic = ActorCritic(policy, critic, temperature, pad_id, reward_head).eval()
         reference_model = None if isinstance(policy, PeftModel) else frozen(deepcopy(policy)).to(accelerator.device)
         if config.gradient_checkpointing:
             actor_critic.checkpoint_activations()
@@ -106,8 +108,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         exact(len(held_out), accelerator.num_processes, f"prompts of {config.validation_file} / processes")
         batches = prompt_batches(len(prompts), config.rollout_batch, config.run.seed)
         if score is None:
-            assert reward_model is not None
-            score = partial(reward_model_scores, reward_model.to(accelerator.device))
+            score = make_score(prepared, reward_model, accelerator.device)
         if judges is None and config.judge_file and accelerator.is_main_process:
             judges = {"vader": Vader(), "classifier": fitted_judge(config.judge_file, config.run.seed)}
         reference = make_reference(prepared, reference_model, actor_critic.temperature, actor_critic.pad_id)
@@ -164,7 +165,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         else:
             history.append(evaluated(stage, config.rollouts, evaluate(config, history), actor_critic, history))
         kept, summary = keep(history, actor_critic, empty, config)
-        return stage.finish(partial(save, kept, tokenizer), summary)
+        return stage.finish(partial(save, kept, tokenizer), summary | {"roles": origins(kept)})
 
 
 def due(done: int, config: PPO) -> bool:
@@ -173,17 +174,30 @@ def due(done: int, config: PPO) -> bool:
 
 
 def make_critic(
-    kind: str, sft: PreTrainedModel, reward_model: PreTrainedModel | None, pad_id: int
+    kind: str, policy: Policy, reward_model: PreTrainedModel | ValueHead | None, pad_id: int
 ) -> Critic | ValueHead:
-    """What `critic` names: a model of its own, from the reward model or from SFT, or a head on the policy's trunk."""
+    """What `critic` names: a model of its own or a role on the policy's base, from the reward model or from SFT, or a
+    head on the policy's trunk.
+
+    A role where what it is made from is one, and from SFT where the policy is an adapter.
+    """
+    width = base_of(policy).config.hidden_size
     if kind == "head":
-        output = sft.get_output_embeddings()
-        assert isinstance(output, nn.Linear)
-        return ValueHead(output.in_features)
-    if kind == "sft":
-        return Critic(new_classifier(sft, pad_id))
-    assert reward_model is not None
-    return Critic(reward_model)
+        return ValueHead(width)
+    if kind == "reward" and isinstance(reward_model, PreTrainedModel):
+        return Critic(reward_model)
+    if not isinstance(policy, PeftModel):
+        return Critic(new_classifier(policy, pad_id))
+    critic = ValueHead(width, CRITIC)
+    if kind == "reward":
+        assert isinstance(reward_model, ValueHead)
+        copy_role(policy, REWARD, CRITIC)
+        critic.load_state_dict(reward_model.state_dict())
+    elif REFERENCE in policy.peft_config:
+        copy_role(policy, REFERENCE, CRITIC)
+    else:
+        add_role(policy, CRITIC, config_of(policy))
+    return critic
 
 
 def prepare(
@@ -215,23 +229,33 @@ def sampled(
 
 
 def make_reference(prepared: nn.Module, model: Policy | None, temperature: float, pad_id: int) -> Forward:
-    """Log-probabilities of the frozen SFT policy: a model of its own, or (None) the policy without its adapter."""
+    """Log-probabilities of the frozen SFT policy: a model of its own, or (None) a role on the policy's base."""
     if model is None:
-        return partial(prepared, as_reference=True)
+        return partial(prepared, as_role=REFERENCE)
     return partial(response_logprobs, model, temperature=temperature, pad_id=pad_id)
+
+
+def make_score(prepared: nn.Module, reward_model: PreTrainedModel | ValueHead | None, device: Any) -> ScoreFunction:
+    """The reward model's score: of a model of its own, or of the reward role on the policy's base."""
+    if isinstance(reward_model, PreTrainedModel):
+        return partial(reward_model_scores, reward_model.to(device))
+    return partial(role_scores, prepared)
 
 
 def make_optimizer(
     actor_critic: ActorCritic, config: PPO
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam over policy and critic, each with its learning rate, falling linearly to zero just after the last."""
-    groups = [
-        {"params": [p for p in part.parameters() if p.requires_grad], "lr": rate}
-        for part, rate in (
-            (actor_critic.policy, config.learning_rate),
-            (actor_critic.critic, config.critic_learning_rate),
-        )
+    """Adam over policy and critic, each with its learning rate, falling linearly to zero just after the last.
+
+    The critic's weights have its name in theirs, as a module of its own or as an adapter on the policy's base.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "lr": config.learning_rate},
+        {"params": [], "lr": config.critic_learning_rate},
     ]
+    for name, parameter in actor_critic.named_parameters():
+        if parameter.requires_grad:
+            groups[CRITIC in name.split(".")]["params"].append(parameter)
     optimizer = torch.optim.Adam(groups, eps=config.adam_eps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.rollouts)
 
@@ -415,6 +439,28 @@ def keep(
     score, kl = kept.metrics["eval_score"], kept.metrics["eval_kl"]
     say(f"ppo: kept rollout {kept.step}: validation score {score:+.2f}, KL {kl:.2f} nats per response")
     return actor_critic, {**kept.metrics, "kept_rollout": kept.step, "stopped": wrong}
+
+
+def origins(actor_critic: ActorCritic) -> dict[str, str]:
+    """What each role started from and stands on, for DONE.json."""
+    policy, critic = actor_critic.policy, actor_critic.critic
+    is_adapter = isinstance(critic, ValueHead) and critic.role == CRITIC
+    found = {
+        "policy": "all of SFT's weights",
+        "reference": "a frozen copy",
+        "critic": "a model of its own" if isinstance(critic, Critic) else "a head on the policy",
+        "reward": "a model or function of its own",
+    }
+    if not isinstance(policy, PeftModel):
+        return found
+    is_copy, on_base = REFERENCE in policy.peft_config, "an adapter on the base"
+    return found | {
+        "base": trunk_fingerprint(base_of(policy)),
+        "policy": "a copy of SFT's adapter" if is_copy else "a new adapter on SFT",
+        "reference": "SFT's adapter" if is_copy else "the base",
+        "critic": on_base if is_adapter else found["critic"],
+        "reward": found["reward"] if actor_critic.reward is None else on_base,
+    }
 
 
 def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import TaskType
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
@@ -18,13 +19,28 @@ from pipeline.config import Reward
 from pipeline.data import IGNORED, length_batches, pad, preference_rows, show_example, with_chat_template
 from pipeline.formats import read_rows, whole
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
-from pipeline.models import check_model, frozen, load_language_model, new_reward_model, same_tokenizer
+from pipeline.models import (
+    ModelError,
+    Policy,
+    base_of,
+    check_model,
+    frozen,
+    load_language_model,
+    loaded_reward_model,
+    new_reward_model,
+    same_tokenizer,
+    save_with_base,
+    with_adapter,
+    without_dropout,
+)
 from pipeline.process import autocast, processes, quiet, say
 from pipeline.rollout import generate, read_prompts
 from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
 from pipeline.trainers import in_length_batches, trained, training_arguments
 
+PROBES = 8  # texts whose scores must be the same after loading
+TOLERANCE = 1e-5
 MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)  # rating points; pairs from binary labels have margin 0
 
 
@@ -40,17 +56,20 @@ def train(config: Reward) -> Path:
     with stage:
         set_seed(config.run.seed)
         tokenizer = same_tokenizer({"sft": sft, "base": base})
-        model = new_reward_model(base, tokenizer)
+        model: Policy = new_reward_model(base, tokenizer)
+        if config.adapter.adapter != "none":
+            model = with_adapter(base_of(model), config.adapter, TaskType.SEQ_CLS)
         pairs = read_rows(config.train_file, "pair", config.train_rows, config.run.bad_rows, config.run.seed)
         with_chat_template(tokenizer, pairs)
         rows, longer = preference_rows(tokenizer, pairs, config.max_tokens, config.too_long)
         say(f"reward: {len(rows):,} pairs; {longer:,} were longer than {config.max_tokens} tokens ({config.too_long})")
         sampled = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
-        check_model(model, tokenizer, max(sampled, *pair_lengths(rows)), base)
+        check_model(base_of(model), tokenizer, max(sampled, *pair_lengths(rows)), base)
         first = rows[0]["chosen_ids"]
         show_example(tokenizer, first, [IGNORED] * (len(first) - 1) + first[-1:], "chosen, scored at")
         trainer = new_trainer(model, tokenizer, rows, config, stage.folder)
-        model = trained(trainer, model, stage).eval()
+        trained_model = trained(trainer, model, stage).eval()
+        model = base_of(trained_model)
         model.config.score_shift = mean_score_of_samples(model, tokenizer, sft, config)
         metrics: dict[str, Any] = {
             "pairs": len(rows),
@@ -65,7 +84,7 @@ def train(config: Reward) -> Path:
             f"[{test['accuracy']['low']:.3f}, {test['accuracy']['high']:.3f}] on {test['accuracy']['n']:,} pairs; "
             f"TF-IDF + ridge {test['linear_baseline']['value']:.3f}; longer wins {test['longer_wins']['value']:.3f}"
         )
-        return stage.finish(partial(save, model, tokenizer), metrics)
+        return stage.finish(partial(save, trained_model, tokenizer, rows["chosen_ids"][:PROBES]), metrics)
 
 
 class HeadTrainer(RewardTrainer):
@@ -83,17 +102,20 @@ class HeadTrainer(RewardTrainer):
         """Overridden, and not handed over ready-made, since DeepSpeed and FSDP want to prepare the model first."""
         trained = self.model if model is None else model
         assert trained is not None
-        named = dict(trained.named_parameters())
-        head = [p for name, p in named.items() if name.endswith("score.weight")]
-        trunk = [p for name, p in named.items() if not name.endswith("score.weight")]
+        named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+        # An adapter keeps its trained head as `score.modules_to_save`; the one that it started from is frozen.
+        head = [p for name, p in named.items() if "score" in name.split(".")]
+        trunk = {name: p for name, p in named.items() if "score" not in name.split(".")}
+        # IA3's vectors are kept as matrices with one column; decay would pull them to 0, where nothing is 1.
+        decays = {name for name, p in trunk.items() if p.ndim > 1 and "ia3_l" not in name.split(".")}
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in trunk if p.ndim > 1]},
-            {"params": [p for p in trunk if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for name, p in trunk.items() if name in decays]},
+            {"params": [p for name, p in trunk.items() if name not in decays], "weight_decay": 0.0},
             {"params": head, "lr": self.head_learning_rate},
         ]
         args = self.args
         self.optimizer = torch.optim.AdamW(
-            groups,
+            [group for group in groups if group["params"]],
             args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.weight_decay,
@@ -103,7 +125,7 @@ class HeadTrainer(RewardTrainer):
 
 
 def new_trainer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Reward, folder: Path
+    model: Policy, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Reward, folder: Path
 ) -> HeadTrainer:
     return HeadTrainer(
         head_learning_rate=config.head_learning_rate,
@@ -127,9 +149,19 @@ def pair_lengths(rows: Dataset) -> list[int]:
     return [max(map(len, pair)) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    model.save_pretrained(folder)
+def save(model: Policy, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Sequence[int]], folder: Path) -> None:
+    """Writes a directory that `AutoModelForSequenceClassification.from_pretrained` loads, tokenizer included.
+
+    Raises ModelError, and so nothing is finished, if what it loads does not score the probes as the model here does.
+    """
+    ids, mask = (x.to(model.device) for x in pad(probes, tokenizer.pad_token_id, "right"))
+    expected = reward_model_scores(base_of(model), ids, mask)
+    save_with_base(model, folder)
     tokenizer.save_pretrained(folder)
+    again = frozen(without_dropout(loaded_reward_model(folder))).to(processes().device)
+    error = (reward_model_scores(again, ids, mask) - expected).abs().max().item()
+    if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise ModelError(f"reward: what was saved scores texts otherwise than what was trained, by up to {error:.2g}")
 
 
 def score_rows(

@@ -1,13 +1,14 @@
 """What a response is worth: to the policy, as a function of its tokens; to a judge, as a function of its text."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.config import UserError
 from pipeline.formats import read_rows
 from pipeline.judges import Classifier, fit_classifier
 from pipeline.models import head_outputs
+from pipeline.roles import REWARD
 
 LABELS = {"negative": 0, "positive": 1}
 
@@ -19,7 +20,17 @@ def reward_model_scores(model: PreTrainedModel, input_ids: Tensor, attention_mas
     input_ids (B, S), attention_mask (B, S) boolean, padded on either side or both. The last real token is EOS when
     the text is whole, as it was in reward training.
     """
-    outputs = head_outputs(model, input_ids, attention_mask, model.config.score_shift)
+    return at_last_token(head_outputs(model, input_ids, attention_mask, model.config.score_shift), attention_mask)
+
+
+@torch.no_grad()
+def role_scores(actor_critic: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The same of a reward model that is an adapter on the policy's base."""
+    return at_last_token(actor_critic(input_ids, attention_mask, as_role=REWARD)[0], attention_mask)
+
+
+def at_last_token(outputs: Tensor, attention_mask: Tensor) -> Tensor:
+    """outputs (B, S) at the last real token of each row, (B,)."""
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = torch.where(attention_mask, positions, -1).amax(1)
     return outputs.gather(1, last[:, None]).squeeze(1)

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pipeline import pretrain, reward, sft
-from pipeline.config import SFT, Optim, Pretrain, Reward, Run, Sampling
+from pipeline.config import SFT, Adapter, Optim, Pretrain, Reward, Run, Sampling
 from pipeline.models import ATTENTION, new_reward_model, save_policy, train_tokenizer
 
 SENTENCES = ("the cat sat on a mat.", " a dog ate the cake,", " not the hat. no", " so he had tea on the sea.")
@@ -78,7 +79,10 @@ def saved(make_model: ModelMaker, tokenizer: Tokenizer, tmp_path_factory: pytest
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and parents: 32 texts, so that batches of 8 come out even, and a policy, a base and a reward model."""
+    """Data and parents: 32 texts, so that batches of 8 come out even, a policy, a base and two reward models.
+
+    The second is an adapter on the policy, as a role of PPO has to be.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     words = ["cat", "dog", "hat", "sea"]
     texts = [f"the {a} saw the {b} and the {c}." for a in words for b in words for c in words[:2]]
@@ -97,10 +101,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "context": 48, "sample_tokens": 4}
     pretrain.train(Pretrain(run=run, optim=optim, train_file=corpus, validation_file=corpus, tokenizer="char", **sizes))
     sft.train(SFT(run=run, optim=optim, train_file=demonstrations, validation_file=demonstrations))
+    scorer = Reward(
+        run=run, optim=optim, train_file=pairs, validation_file=pairs, test_file=pairs, prompts_file=prompts,
+        centre_prompts=20, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16),
+    )  # fmt: skip
+    reward.train(scorer)
+    policy = str(folder / "parents/sft/final")
     reward.train(
-        Reward(
-            run=run, optim=optim, train_file=pairs, validation_file=pairs, test_file=pairs, prompts_file=prompts,
-            centre_prompts=20, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16),
+        replace(
+            scorer, run=replace(run, recipe="parents_lora"), adapter=Adapter(adapter="lora", lora_rank=3), base=policy,
+            sft=policy,
         )
     )  # fmt: skip
     return folder

@@ -24,9 +24,11 @@ from pipeline.config import PPO, SFT, Adapter, Optim, Pretrain, Reward, Run, Sam
 from pipeline.models import (
     ActorCritic,
     Critic,
+    Policy,
     ValueHead,
     base_of,
     load_language_model,
+    load_reward,
     load_reward_model,
     load_tokenizer,
     with_adapter,
@@ -34,7 +36,6 @@ from pipeline.models import (
 from pipeline.process import autocast, new_accelerator, processes, quiet
 from pipeline.rollout import Rollout, generate, to_experience
 from pipeline.run import StageRun
-from pipeline.scoring import reward_model_scores
 from pipeline.shards import whole_weights
 
 SAMPLING = Sampling(max_new_tokens=8, max_prompt_tokens=16, temperature=0.7)
@@ -42,7 +43,10 @@ LORA = Adapter(adapter="lora", lora_rank=2)
 
 
 def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT | Reward | PPO]:
-    """Every stage, full and with an adapter, on the parents of `folder`; batches divide by one and by two processes."""
+    """Every stage, full and with an adapter, on the parents of `folder`; batches divide by one and by two processes.
+
+    `ppo_roles` has policy, reference, critic and reward model on one base.
+    """
     run = Run(recipe=recipe, runs=str(runs), precision="fp32", report_to="none")
     optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=2)
     final = {stage: str(folder / f"parents/{stage}/final") for stage in ("pretrain", "sft", "reward")}
@@ -57,6 +61,11 @@ def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT |
         critic_warmup=1, eval_every=2, eval_prompts=6, learning_rate=3e-3, keep="last",
         max_grad_norm=1e9,
     )  # fmt: skip
+    scorer = Reward(
+        run=run, optim=optim, base=final["pretrain"], sft=final["sft"], train_file=file["pairs"],
+        validation_file=file["pairs"], test_file=file["pairs"], prompts_file=file["prompts"], centre_prompts=20,
+        sampling=SAMPLING,
+    )  # fmt: skip
     elsewhere = partial(dataclasses.replace, run)
     return {
         "pretrain": Pretrain(
@@ -65,15 +74,16 @@ def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT |
         ),
         "sft": tuned,
         "sft_lora": dataclasses.replace(tuned, run=elsewhere(recipe=f"{recipe}_lora"), adapter=LORA),
-        "reward": Reward(
-            run=run, optim=optim, base=final["pretrain"], sft=final["sft"], train_file=file["pairs"],
-            validation_file=file["pairs"], test_file=file["pairs"], prompts_file=file["prompts"], centre_prompts=20,
-            sampling=SAMPLING,
-        ),
+        "reward": scorer,
+        "reward_lora": dataclasses.replace(scorer, run=elsewhere(recipe=f"{recipe}_lora"), adapter=LORA),
         "ppo": aligned,
         "ppo_full": dataclasses.replace(
             aligned, run=elsewhere(recipe=f"{recipe}_full"), adapter=Adapter(adapter="none"), critic="head",
             max_grad_norm=0.1,
+        ),
+        "ppo_roles": dataclasses.replace(
+            aligned, run=elsewhere(recipe=f"{recipe}_roles"),
+            reward=str(folder / "parents_lora/reward/final"),
         ),
     }  # fmt: skip
 
@@ -116,11 +126,14 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     """One PPO update on rollouts that do not depend on the number of processes; rank r of n learns from rows r::n.
 
     `fixed`: LoRA with a critic of its own; `fixed_full`: all weights with a head; `fixed_bf16`: that in bf16;
-    `fixed_nan`: `fixed_full` after an update in which one process has an advantage that is no number.
+    `fixed_nan`: `fixed_full` after an update in which one process has an advantage that is no number; `fixed_roles`:
+    four roles on one base; `fixed_roles_again`: these with activations computed again.
     """
     config = configs(folder, out, "fixed")["ppo"]
-    full = kind != "fixed"
-    config = changed(config, minibatches=1, epochs=3, precision="bf16" if kind == "fixed_bf16" else "fp32")
+    config = changed(
+        config, minibatches=1, epochs=3, precision="bf16" if kind == "fixed_bf16" else "fp32",
+        gradient_checkpointing=kind == "fixed_roles_again",
+    )  # fmt: skip
     accelerator = new_accelerator(config.run.precision)
     paths = folder / "parents"
     tokenizer = load_tokenizer(paths / "sft/final")
@@ -132,17 +145,26 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     rollout = Rollout(**{f.name: getattr(rollout, f.name)[mine] for f in dataclasses.fields(Rollout)})
     torch.manual_seed(2)
-    actor: torch.nn.Module = policy if full else with_adapter(base_of(policy), LORA)
+    full = kind in ("fixed_full", "fixed_bf16", "fixed_nan")
+    actor: Policy = policy if full else with_adapter(base_of(policy), LORA)
+    head = load_reward(folder / "parents_lora/reward/final", actor) if "roles" in kind else None
+    assert head is None or isinstance(head, ValueHead)
     critic = ValueHead(16) if full else Critic(judge)
-    actor_critic = ActorCritic(actor, critic, SAMPLING.temperature, tokenizer.pad_token_id).eval()  # type: ignore[arg-type]
+    if head is not None:
+        critic = ppo.make_critic("reward", actor, head, tokenizer.pad_token_id)
+    actor_critic = ActorCritic(actor, critic, SAMPLING.temperature, tokenizer.pad_token_id, head).eval()
+    start = {name: p.detach().clone() for name, p in actor_critic.named_parameters()}
+    learns = {name for name, p in actor_critic.named_parameters() if p.requires_grad}
+    if config.gradient_checkpointing:
+        actor_critic.checkpoint_activations()
     optimizer, _ = ppo.make_optimizer(actor_critic, config)
     prepared, optimizer = ppo.prepare(accelerator, actor_critic, optimizer, config)
     against = ppo.make_reference(prepared, reference, SAMPLING.temperature, tokenizer.pad_token_id)
+    score = ppo.make_score(prepared, judge if head is None else head, accelerator.device)
     with autocast(config.run.precision):
         experience = to_experience(
-            rollout, prepared, against, partial(reward_model_scores, judge), config,
-            partial(accelerator.reduce, reduction="sum"),
-        )  # fmt: skip
+            rollout, prepared, against, score, config, partial(accelerator.reduce, reduction="sum")
+        )
     if kind == "fixed_nan":
         right = experience.advantages.clone()
         if accelerator.is_main_process:
@@ -154,6 +176,8 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     metrics, _ = ppo.update(prepared, optimizer, experience, config, accelerator, True)
     metrics |= monitor.rollout_metrics(experience, accelerator, config)
     weights = whole_weights(actor_critic)
+    moved = {name for name, weight in weights.items() if name in start and not torch.equal(weight, start[name])}
+    assert moved == learns, moved ^ learns
     same = accelerator.gather(torch.stack([w.double().sum() for w in weights.values()])[None])
     assert (same == same[0]).all(), "ranks have drifted apart"
     if processes().is_main_process:
@@ -167,8 +191,9 @@ def fresh(train: Callable[[Any], object], config: Any) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-UPDATES = ("fixed", "fixed_full", "fixed_bf16", "fixed_nan")
-RESUMED = ("sft", "ppo", "ppo_full")
+FIXED = ("fixed", "fixed_full", "fixed_roles", "fixed_roles_again")
+UPDATES = (*FIXED, "fixed_bf16", "fixed_nan")
+RESUMED = ("sft", "ppo_full", "ppo_roles")
 
 
 def main(folder: Path, name: str, what: str = "all") -> None:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"tensors", "config", "fingerprints"},
-    {"losses", "advantages", "process", "judges", "sources", "shards"},
+    {"losses", "advantages", "process", "judges", "sources", "shards", "roles"},
     {"formats", "models", "tracking", "corpus", "siblings", "checkpoints"},
     {"data", "run"},
     {"scoring", "rollout", "trainers", "report"},

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import FIXED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -24,7 +25,10 @@ from pipeline.run import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-FINALS = ("tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward", "tiny/ppo", "tiny_full/ppo")
+FINALS = (
+    "tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward", "tiny_lora/reward", "tiny/ppo", "tiny_full/ppo",
+    "tiny_roles/ppo",
+)  # fmt: skip
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
@@ -85,7 +89,7 @@ def moved(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor]) -> float
     return max((end[name] - start[name]).abs().max().item() for name in end if name in start)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "fixed_full"])
+@pytest.mark.parametrize("kind", FIXED)
 def test_a_ppo_update_on_given_rollouts_is_that_of_one_process(kind, one, two):
     """Statistics, whitening, losses, gradients and weights: global, and equal to rounding."""
     ours, theirs = (json.loads((run / f"{kind}.json").read_text()) for run in (one, two))
@@ -100,7 +104,14 @@ def test_a_ppo_update_on_given_rollouts_is_that_of_one_process(kind, one, two):
     assert ours["grad_norm"] > 1e-2
 
 
-@pytest.mark.parametrize("stage", ["tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward"])
+def test_four_roles_learn_the_same_when_activations_are_computed_again(one, two):
+    for run in (one, two):
+        kept, again = (load_file(run / f"{kind}.safetensors") for kind in ("fixed_roles", "fixed_roles_again"))
+        assert kept.keys() == again.keys()
+        assert all((again[name] - weight).abs().max() < 1e-5 for name, weight in kept.items())
+
+
+@pytest.mark.parametrize("stage", ["tiny/pretrain", "tiny/sft", "tiny_lora/sft", "tiny/reward", "tiny_lora/reward"])
 def test_a_trainers_stage_is_the_same_mathematics_on_one_process_and_on_two(stage, one, two, folder):
     alone, together = (weights(run / stage / "final") for run in (one, two))
     assert alone.keys() == together.keys()
@@ -128,7 +139,7 @@ def test_what_is_written_is_whole_and_loads_on_one_process(stage, two):
     assert json.loads((final.parent / "run.json").read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "tiny_full"])
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_full", "tiny_roles"])
 def test_ppo_is_the_same_under_every_strategy(recipe, two, ddp):
     """A run over sampling, updates and evaluations, to rounding: 1e-6 under ZeRO-1 and ZeRO-2, else 1e-5.
 
@@ -174,7 +185,7 @@ def test_bf16_is_the_same_under_every_strategy(two, ddp):
     assert any((weight != weight.bfloat16().float()).any() for name, weight in theirs.items() if "policy" in name)
 
 
-@pytest.mark.parametrize(("stage", "recipe"), [("sft", ""), ("ppo", ""), ("ppo", "_full")])
+@pytest.mark.parametrize(("stage", "recipe"), [("sft", ""), ("ppo", "_full"), ("ppo", "_roles")])
 def test_a_stage_that_was_cut_off_goes_on_to_the_bit(stage, recipe, two):
     whole, resumed = (two / f"{name}{recipe}" / stage for name in ("tiny", "cut"))
     ours, theirs = weights(whole / "final"), weights(resumed / "final")
@@ -202,7 +213,7 @@ def test_one_process_goes_on_with_what_two_began(folder, ddp, one):
     ours, theirs = weights(one / "tiny/sft/final"), weights(alone / "cut/sft/final")
     for name, weight in ours.items():
         assert (theirs[name] - weight).abs().max() < 1e-2 * 1e-2, name
-    for recipe in ("", "_full"):  # its own random numbers from there on, the same run before
+    for recipe in ("_full", "_roles"):  # its own random numbers from there on, the same run before
         before, after = (metrics(run) for run in (ddp / f"tiny{recipe}/ppo", alone / f"cut{recipe}/ppo"))
         assert [row["step"] for row in before] == [row["step"] for row in after]
         assert before[:3] == after[:3]

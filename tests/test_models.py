@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline import models
 from pipeline.config import Adapter, Pretrain
 from pipeline.data import decode
 from pipeline.models import (
@@ -37,7 +38,6 @@ from pipeline.models import (
     merge_adapter,
     new_language_model,
     new_reward_model,
-    reference_role,
     response_logprobs,
     same_tokenizer,
     save_policy,
@@ -46,6 +46,7 @@ from pipeline.models import (
     with_adapter,
     without_dropout,
 )
+from pipeline.roles import role
 from pipeline.scoring import reward_model_scores
 
 KINDS = ("gpt2", "llama")
@@ -292,14 +293,34 @@ def test_the_reference_role_is_the_base_bit_for_bit(kind, adapter, make_model):
         optimizer.zero_grad()
     moved = logits(policy)
     assert (moved - base).abs().max() > 0.1
-    with reference_role(policy):
+    with role(policy, None):
         assert torch.equal(logits(policy), base)
         assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
     assert torch.equal(logits(policy), moved)
-    with pytest.raises(KeyError), reference_role(policy):
+    with pytest.raises(KeyError), role(policy, None):
         raise KeyError
     assert torch.equal(logits(policy), moved)
     assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
+
+
+@pytest.mark.parametrize("most", [1, 2 * 4 * 19, 10**9])
+def test_log_probabilities_in_parts_are_those_of_the_whole(most, make_model, monkeypatch):
+    """To the bit, gradients too (to rounding): of five rows, two at a time, and one by one."""
+    model = make_model("llama")
+    ids = torch.randint(3, 19, (5, 7), generator=torch.Generator().manual_seed(0))
+
+    def found():
+        model.zero_grad()
+        outputs = response_logprobs(model, ids, torch.ones_like(ids).bool(), 4, 0.7, 0)
+        (outputs[0].sum() + 0.3 * outputs[1].square().sum()).backward()
+        return [*outputs, *(p.grad for p in model.parameters())]
+
+    whole = found()
+    monkeypatch.setattr(models, "MOST_LOGITS", most)
+    parts = found()
+    assert all(torch.equal(a, b) for a, b in zip(parts[:2], whole[:2], strict=True))
+    for part, expected in zip(parts[2:], whole[2:], strict=True):
+        close(part, expected, 1e-5 * max(1, expected.abs().max().item()))
 
 
 def test_an_unknown_adapter_is_refused(make_model):

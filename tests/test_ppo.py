@@ -708,6 +708,8 @@ def test_the_stage_trains_from_its_parents(adapter, parents, tmp_path):
     assert set(done["parents"]) == {"sft", "reward"}
     best = max(evaluations, key=lambda row: row["eval_reward"])
     expected = {k: v for k, v in best.items() if k != "step"} | {"kept_rollout": best["step"], "stopped": ""}
+    started = done["metrics"].pop("roles")["policy"]
+    assert started == ("all of SFT's weights" if adapter == "none" else "a copy of SFT's adapter")
     assert done["metrics"] == expected
     critic, before = load_reward_model(final / "critic"), load_reward_model(parents / "runs/tiny/reward/final")
     assert (critic.config.score_shift == before.config.score_shift) == (best["step"] == 0)
