@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from pipeline.config import Optim, Run
 from pipeline.data import IGNORED, decode, language_rows
-from pipeline.trainers import NextTokenTrainer, packed_tokens, trained, training_arguments, validation_loss
+from pipeline.trainers import NextTokenTrainer, computing, packed_tokens, trained, training_arguments, validation_loss
 
 LENGTHS = (3, 9, 4, 12, 7, 2, 10, 5)
 RUN = Run(precision="fp32", report_to="none")
@@ -167,9 +167,15 @@ class Log:
 
     stage = "toy"
     heartbeat = SimpleNamespace(enter=lambda phase: None)
+    config = SimpleNamespace(run=RUN)
+    resumed = None
 
     def __init__(self):
         self.rows = []
+        self.checkpoints = []
+
+    def checkpoint(self, step, write, state):
+        self.checkpoints.append((step, state))
 
     def log(self, step, metrics):
         self.rows.append((step, metrics))
@@ -187,6 +193,20 @@ def test_the_log_has_the_loss_and_counts_real_tokens(make_model, tokenizer, rows
     assert metrics.keys() >= {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
     assert 0 < metrics["tokens"] < sum(LENGTHS)
     assert log.shown[0] == 2
+    assert log.checkpoints == [(2, {"tokens": sum(LENGTHS)})]  # at the end, should validation fail
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_models_forward_has_a_stages_precision_while_it_trains_and_gives_fp32(precision, make_model):
+    model = make_model("llama")
+    ids = torch.tensor([[1, 5, 7, 9]])
+    before = model(ids).logits
+    with computing(model, precision):
+        inside = model(ids).logits
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, before) == (precision == "fp32")
+    assert torch.equal(model(ids).logits, before)
+    assert "forward" not in vars(model)
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(make_model, tokenizer, rows, tmp_path):
