@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"tensors", "config", "fingerprints"},
-    {"losses", "advantages", "process", "judges", "sources", "shards"},
-    {"formats", "models", "tracking", "corpus", "siblings"},
+    {"losses", "advantages", "process", "judges", "sources", "shards", "expressions"},
+    {"formats", "models", "tracking", "corpus", "siblings", "algebra"},
     {"data", "run"},
-    {"scoring", "rollout", "trainers", "report"},
-    {"monitor"},
+    {"scoring", "rollout", "trainers", "report", "adapter_files"},
+    {"monitor", "adapters"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
