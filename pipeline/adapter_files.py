@@ -185,7 +185,7 @@ def read_config(name: str, folder: Path) -> dict[str, Any]:
     if config.get("init_lora_weights", True) not in STARTS:
         raise AdapterError(
             f"adapter '{name}': init_lora_weights: {config['init_lora_weights']} took a part of the base's weights "
-            "away when training began; save it with PEFT's path_initial_model_for_weight_conversion, which makes it LoRA"
+            "away when training began; save it with PEFT's path_initial_model_for_weight_conversion: then it is LoRA"
         )
     plain = (LoraConfig() if config["peft_type"] == "LORA" else IA3Config()).to_dict()
     for field, setting in config.items():

@@ -312,6 +312,8 @@ class _Reader:
                 if name not in signature.options:
                     mend = nearest(name, list(signature.options))
                     self.refuse(f"{function} has no option '{name}'{mend}", start)
+                if name in given:
+                    self.refuse(f"{function}: {name} is given twice", start)
                 start = self.start
             elif given or (len(adapters) >= signature.least and any(o.positional for o in signature.options.values())):
                 left = [n for n, option in signature.options.items() if option.positional and n not in given]
@@ -321,8 +323,6 @@ class _Reader:
             else:
                 adapters.append(self.as_adapter(self.sum(), start))
                 continue
-            if name in given:
-                self.refuse(f"{function}: {name} is given twice", start)
             given[name] = self.option(f"{function}: {name}", signature.options[name], start)
         if not signature.least <= len(adapters) <= signature.most:
             least = "" if signature.least == signature.most else "at least "
