@@ -133,8 +133,9 @@ def read_adapters(folders: Mapping[str, Path], base: str = "") -> tuple[dict[str
     labels = {name: _labels(folder / WEIGHTS) for name, folder in folders.items()}
     task = configs[first]["task_type"]
     own = {name: place for name, folder in folders.items() if (place := own_base(name, folder, configs[name]))}
-    for name in folders.keys() - (folders if base else own):
-        raise AdapterError(f"adapter '{name}': its folder holds no base model and names none; say --base")
+    for name in folders:
+        if not base and name not in own:
+            raise AdapterError(f"adapter '{name}': its folder holds no base model and names none; say --base")
     lies = base or own[next(iter(own))]
     ground = read_ground(lies, task, labels[first])
     for name, place in own.items():

@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from pipeline.adapter_files import (
 from pipeline.algebra import Factors, Update
 from pipeline.config import Compose, Inspect, MergeAdapter, Verify
 from pipeline.data import decode, prompt_batch, with_chat_template
-from pipeline.expressions import Expression, Name, names, parse, variables, weighted
+from pipeline.expressions import Call, Expression, Name, names, parse, variables, weighted
 from pipeline.formats import Text, read_rows, shown
 from pipeline.judges import Vader, text_statistics
 from pipeline.models import Policy, frozen, response_logprobs, save_policy, tokenizer_fingerprint
@@ -91,7 +91,7 @@ def compose(config: Compose) -> Path:
     used = {name: folders[name] for name in names(expression) or folders}
     adapters, ground = read_adapters(used, config.base)
     update, heads, losses = combined(expression, adapters, ground, config.rank, config.heads)
-    rank = max((part.rank for part in update.values() if isinstance(part, Factors)), default=0)
+    rank = max(ranks(update).values(), default=0)
     worst = max(losses, key=lambda module: losses[module])
     if losses[worst] > config.max_loss:
         raise AdapterError(
@@ -106,10 +106,9 @@ def compose(config: Compose) -> Path:
     prompts = probe_prompts(config.probe_file, ground.tokenizer)
     with written_whole(out) as folder:
         write_adapter(folder, update, heads, ground, config.dtype)
-        mixed = None if config.rank and any(losses.values()) else expression
         proof = proved(folder, ground, update, heads, config.dtype, prompts)
-        if mixed is not None and not heads and all(isinstance(atom, Name) for atom in weighted(mixed)):
-            proof = Proof(**asdict(proof) | {"mixed": mixed_error(mixed, folder, used, ground, prompts)})
+        if not heads and not any(losses.values()) and is_sum(expression):
+            proof = replace(proof, mixed=mixed_error(expression, folder, used, ground, prompts))
         refuse_unproved(proof, config.allow_drift)
         lineage = {
             "expression": str(expression),
@@ -120,20 +119,8 @@ def compose(config: Compose) -> Path:
             "rank_asked": config.rank,
             "discarded": losses if any(losses.values()) else {},
             "proof": asdict(proof) | {"prompts": len(prompts)},
-            "parents": {
-                name: {
-                    "path": os.path.relpath(adapter.folder.resolve(), out.resolve()),
-                    "sha256": adapter.sha256,
-                    "kind": adapter.config["peft_type"],
-                    "lineage": read_lineage(adapter.folder).get("expression"),
-                }
-                for name, adapter in adapters.items()
-            },
-            "base": {
-                "path": os.path.relpath(Path(ground.path).resolve(), out.resolve()),
-                "fingerprint": ground.fingerprint,
-                "tokenizer": tokenizer_fingerprint(ground.tokenizer),
-            },
+            "parents": {name: parent_of(adapter, out) for name, adapter in adapters.items()},
+            "base": base_of(ground, out),
             "files": file_hashes(folder),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         }
@@ -275,12 +262,41 @@ def combined(
     return kept, algebra.combined_heads(expression, parents, ground.parameters(), heads), losses
 
 
+def is_sum(expression: Expression) -> bool:
+    """Whether it is a weighted sum of adapters and nothing else, so that scaling them side by side gives it."""
+    return all(isinstance(atom, Name) for atom in weighted(expression))
+
+
 def method(expression: Expression, adapters: Mapping[str, Adapter], kept: Update) -> str:
     """exact: made without an SVD, so that it can be made again to the bit; compressed: with one."""
+    if any(isinstance(atom, Call) and atom.function != "paper" for atom in weighted(expression)):
+        return "compressed"
     whole = algebra.evaluate(expression, {name: adapter.update for name, adapter in adapters.items()})
-    sums = all(isinstance(atom, Name) or atom.function == "paper" for atom in weighted(expression))
-    ranks = [part.rank for update in (whole, kept) for part in update.values() if isinstance(part, Factors)]
-    return "exact" if sums and ranks[: len(ranks) // 2] == ranks[len(ranks) // 2 :] else "compressed"
+    return "exact" if ranks(whole) == ranks(kept) else "compressed"
+
+
+def ranks(update: Update) -> dict[str, int]:
+    """By module; of IA3 there are none."""
+    return {module: part.rank for module, part in update.items() if isinstance(part, Factors)}
+
+
+def parent_of(adapter: Adapter, out: Path) -> dict[str, Any]:
+    """What a lineage says of a parent; its path from `out`, so that both may move together."""
+    return {
+        "path": os.path.relpath(adapter.folder.resolve(), out.resolve()),
+        "sha256": adapter.sha256,
+        "kind": adapter.config["peft_type"],
+        "lineage": read_lineage(adapter.folder).get("expression"),
+    }
+
+
+def base_of(ground: Ground, out: Path) -> dict[str, str]:
+    """What a lineage says of the base."""
+    return {
+        "path": os.path.relpath(Path(ground.path).resolve(), out.resolve()),
+        "fingerprint": ground.fingerprint,
+        "tokenizer": tokenizer_fingerprint(ground.tokenizer),
+    }
 
 
 def rebuilt_error(tensors: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> float:

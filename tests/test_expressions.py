@@ -1,4 +1,4 @@
-"""An expression's text and its tree are one; what it stands for is exact; what is no expression is shown where it ends."""
+"""An expression's text and its tree are one; its weights are exact; what is no expression is shown at its place."""
 
 from decimal import Decimal
 from fractions import Fraction
