@@ -192,7 +192,7 @@ def test_an_adapter_alone_is_itself(shop, name):
     assert_logits(applied(shop, kind, out), applied(shop, kind, folder))
 
 
-PAIRS = (("plain", "rslora"), ("patterns", "all but"), ("ia3", "ia3 keys"), ("gpt2", "gpt2 rslora"),
+PAIRS = (("plain", "rslora"), ("patterns", "one layer"), ("ia3", "ia3 keys"), ("gpt2", "gpt2 rslora"),
          ("gpt2 bias", "gpt2 bias too"), ("gpt2 ia3", "gpt2 ia3 attention"))  # fmt: skip
 LAWS = {
     "0.5*a + 0.5*a": {"a": 1},
@@ -301,6 +301,13 @@ def test_the_file_is_plain(shop):
         *("adapter_config.json", "adapter_model.safetensors", "composition.json"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
+
+
+@pytest.mark.parametrize(("name", "is_stored_in_by_out"), [("plain", False), ("gpt2", True), ("gpt2 ia3", True)])
+def test_the_config_says_how_the_weights_lie(shop, name, is_stored_in_by_out):
+    """PEFT mends a wrong fan_in_fan_out with a warning; other loaders may not."""
+    out = shop.compose("a", CONFIGS[name][0], folders={"a": shop.adapter(name)})
+    assert json.loads((out / "adapter_config.json").read_text())["fan_in_fan_out"] is is_stored_in_by_out
 
 
 def test_nothing_is_a_rank_1_adapter_of_zeros(shop):
