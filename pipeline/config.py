@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -320,6 +321,73 @@ class Merge:
     )
 
 
+DTYPE = "type of the weights that are written; fp32 is exact, the others are measured against it"
+DRIFT = "write although rounding to dtype, or merging, changes more than 5 % of what the adapter does"
+PROBES = "rows with `prompt`: merged, on the fly and mixed from the parents must agree on them"
+BASE = "model that the adapters were trained on; empty: the one in their folders"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compose:
+    """A new adapter, made from others by an expression: `compose "sft + 0.5*helpful - 0.3*toxic"`."""
+
+    expression: str = dial("", "sum of adapters by their names (docs/adapter-arithmetic.md); stands first, unnamed")
+    adapters: str = dial("", "what the names mean: name=folder,name=folder")
+    out: str = dial("", "folder to write, not there yet")
+    base: str = dial("", BASE)
+    rank: int = dial(0, "ranks of the result at most; 0: as many as it needs", low=0)
+    max_loss: float = dial(0.01, "share of |dW|^2 that `rank` may cost any module", low=0, high=1)
+    max_rank: int = dial(512, "refuse a result of more ranks (vLLM serves up to 512)", low=1)
+    heads: str = dial(
+        "refuse",
+        "whole layers trained beside the adapters: refused, the first adapter's, or base + sum of weighted differences",
+        choices=("refuse", "first", "sum"),
+    )
+    dtype: str = dial("fp32", DTYPE, choices=("fp32", "bf16", "fp16"))
+    allow_drift: bool = dial(False, DRIFT)
+    probe_file: str = dial("data/imdb/ppo/validation.jsonl", PROBES)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeAdapter:
+    """A plain model from an adapter and its base: `merge runs/x/composed`."""
+
+    adapter: str = dial("", "folder of the adapter, composed or any other; stands first, unnamed")
+    out: str = dial("", "folder to write, not there yet")
+    base: str = dial("", BASE)
+    dtype: str = dial("fp32", DTYPE, choices=("fp32", "bf16", "fp16"))
+    allow_drift: bool = dial(False, DRIFT)
+    probe_file: str = dial("data/imdb/ppo/validation.jsonl", PROBES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """What an adapter is: `inspect runs/x/composed`."""
+
+    adapter: str = dial("", "folder of the adapter; stands first, unnamed")
+    against: str = dial("", "another adapter: the cosine between the two, module by module")
+    base: str = dial("", BASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """A composed adapter made anew from its parents, and what they and it write: `verify runs/x/composed`."""
+
+    adapter: str = dial("", "folder of the composed adapter; stands first, unnamed")
+    adapters: str = dial("", "parents that have moved: name=folder,name=folder")
+    base: str = dial("", BASE)
+    prompts_file: str = dial(
+        "data/imdb/ppo/validation.jsonl", "`prompt` rows that parents and result answer; empty: none"
+    )
+    prompts: int = dial(64, "how many prompts", low=2)
+    bad_rows: str = dial(
+        "error", "a row that cannot be used stops it, or is left out and counted", choices=("error", "drop")
+    )
+    judge_file: str = dial("", "a second judge is fitted to these rows: " + JUDGED)
+    seed: int = dial(0, "seed of sampling", low=0)
+    sampling: Sampling = Sampling()
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     run: Run = Run()
@@ -353,6 +421,7 @@ class Chat:
 
 
 Config = TypeVar("Config", Pretrain, SFT, Reward, PPO, Merge, Evaluate, Chat)
+Command = TypeVar("Command", Compose, Verify, Inspect, MergeAdapter)
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -376,20 +445,33 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     """
     stage = kind.__name__.lower()
     argv = list(sys.argv[1:] if argv is None else argv)
+    return _parse(kind, f"stages/{stage}.py", f"The {stage} stage.", f"configs/imdb/{stage}.yaml", argv)
+
+
+def parse_command(kind: type[Command], program: str, argv: Sequence[str]) -> Command:
+    """The dials of one command of a stage that has several: its first one may stand first, without its name.
+
+    As `parse`, but a YAML file is read only where `--config` gives one.
+    """
+    argv = list(argv)
+    if argv and argv[0] != "-h" and not re.match(r"--\w+(=|$)", argv[0]):
+        argv[0] = f"--{dataclasses.fields(kind)[0].name}={argv[0]}"  # an expression may begin with a minus sign
+    return _parse(kind, program, str(kind.__doc__), "", argv)
+
+
+def _parse(kind: Any, program: str, about: str, default_file: str, argv: list[str]) -> Any:
     defaults = kind()
-    parser = _Parser(
-        prog=f"stages/{stage}.py", description=f"The {stage} stage.", formatter_class=_Help, allow_abbrev=False
-    )
-    parser.add_argument("--config", metavar="FILE", help=f"YAML of dials (default: configs/imdb/{stage}.yaml)")
+    parser = _Parser(prog=program, description=about, formatter_class=_Help, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help=f"YAML of dials (default: {default_file or 'none'})")
     for owner, field, hint in _dials(defaults):
         default = getattr(owner, field.name)
         parser.add_argument(
             f"--{field.name}", type=_reader(field, hint), default=default, metavar=_metavar(field, hint),
             help=f"{field.metadata['help']} (default: {_text(default) or 'empty'})".replace("%", "%%"),
         )  # fmt: skip
-    file = Path(_config_file(argv) or f"configs/imdb/{stage}.yaml")
+    file = _config_file(argv) or default_file
     helps = not {"-h", "--help"}.isdisjoint(argv)  # answers wherever it is asked, with or without a readable file
-    given = parser.parse_args(argv if helps else _yaml_tokens(file, parser) + argv)
+    given = parser.parse_args(argv if helps or not file else _yaml_tokens(Path(file), parser) + argv)
     try:
         config = _rebuild(defaults, vars(given))
         if hasattr(config, "check"):

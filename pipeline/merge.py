@@ -4,19 +4,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
+from pipeline.adapters import PROBES, TOLERANCE, probe
 from pipeline.config import Merge, UserError
-from pipeline.data import prompt_batch, with_chat_template
-from pipeline.formats import Text, read_rows
+from pipeline.data import with_chat_template
+from pipeline.formats import read_rows
 from pipeline.models import load_tokenizer, merge_adapter, save_policy, without_dropout
 from pipeline.process import quiet, say
 from pipeline.run import StageRun
-from pipeline.tensors import position_ids
-
-PROBES = 32
-TOLERANCE = 1e-5  # of the largest logit, fp32
 
 
 def train(config: Merge) -> Path:
@@ -43,10 +39,3 @@ def train(config: Merge) -> Path:
             )
         say(f"merge: merged and unmerged agree within {error:.1e} of the largest logit on {len(prompts)} prompts")
         return stage.finish(partial(save_policy, model, tokenizer), {"relative_error": error})
-
-
-@torch.no_grad()
-def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Text]) -> Tensor:
-    """Logits of the prompts' real tokens, (tokens, V)."""
-    ids, mask = prompt_batch(tokenizer, prompts, 10**9)
-    return model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)).logits[mask]

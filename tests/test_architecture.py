@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"tensors", "config", "fingerprints"},
-    {"losses", "advantages", "process", "judges", "sources", "shards", "roles"},
-    {"formats", "models", "tracking", "corpus", "siblings", "checkpoints"},
+    {"losses", "advantages", "process", "judges", "sources", "shards", "roles", "expressions"},
+    {"formats", "models", "tracking", "corpus", "siblings", "checkpoints", "algebra"},
     {"data", "run"},
-    {"scoring", "rollout", "trainers", "report"},
-    {"monitor"},
+    {"scoring", "rollout", "trainers", "report", "adapter_files"},
+    {"monitor", "adapters"},
     {"keeping"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )
