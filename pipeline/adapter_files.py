@@ -9,7 +9,6 @@ of its config on that base's architecture, and the file must hold exactly these 
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -42,10 +41,10 @@ from pipeline.models import (
     tokenizer_fingerprint,
     without_dropout,
 )
+from pipeline.roles import PREFIX, weights_fingerprint
 from pipeline.run import verify
 
 CONFIG, WEIGHTS, LINEAGE = "adapter_config.json", "adapter_model.safetensors", "composition.json"
-PREFIX = "base_model.model."
 TASKS = ("CAUSAL_LM", "SEQ_CLS")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -237,15 +236,6 @@ def read_ground(path: str | Path, task: str, labels: int = 0) -> Ground:
         model.get_parameter(name).data.zero_()  # transformers drew it at random
     known = {name: tensor for name, tensor in model.state_dict().items() if name not in fresh}
     return Ground(str(path), task, model, tokenizer, weights_fingerprint(known), fresh)
-
-
-def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """What tells a base from another: sha256 over its sorted names, shapes, types and contents."""
-    rows = []
-    for name, tensor in sorted(weights.items()):
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        rows.append([name, list(tensor.shape), str(tensor.dtype), hashlib.sha256(content).hexdigest()])
-    return fingerprints.of_value(rows)
 
 
 def read_adapter(name: str, folder: Path, config: Mapping[str, Any], ground: Ground) -> Adapter:

@@ -24,6 +24,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline import fingerprints
 from pipeline.config import UserError
 
 POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
@@ -161,12 +162,17 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trunk_fingerprint(model: PreTrainedModel) -> str:
-    """What tells the trunk of one model from that of another: names, types, shapes and contents of all its weights.
+    """What tells the trunk of one model from that of another, whatever their heads and adapters: the first 12 digits.
 
-    A language model and a classifier on one trunk have the same, whatever their heads and adapters.
+    A language model and a classifier on one trunk have the same.
     """
-    digest = hashlib.sha256()
-    for name, weight in sorted(base_weights(model.base_model).items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
+    return weights_fingerprint(base_weights(model.base_model))[:12]
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """What tells some weights from others: sha256 over their sorted names, shapes, types and contents."""
+    rows = []
+    for name, tensor in sorted(weights.items()):
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        rows.append([name, list(tensor.shape), str(tensor.dtype), hashlib.sha256(content).hexdigest()])
+    return fingerprints.of_value(rows)
