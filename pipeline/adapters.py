@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -300,12 +301,12 @@ def base_of(ground: Ground, out: Path) -> dict[str, str]:
 
 
 def rebuilt_error(tensors: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> float:
-    """0 for the same tensors; else the largest relative error (Frobenius) of a dW, or of any other tensor."""
+    """0 for the same bits and only for these; else the largest relative error (Frobenius) of a dW, or other tensor."""
     if tensors.keys() != written.keys() or any(tensors[key].shape != written[key].shape for key in tensors):
         return math.inf
     if all(torch.equal(tensors[key], written[key]) for key in tensors):
         return 0.0
-    errors = []
+    errors = [sys.float_info.min]
     for key in tensors:
         new, old = (rows[key].double() for rows in (tensors, written))
         if key.endswith("lora_A.weight"):
