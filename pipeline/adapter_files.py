@@ -78,7 +78,7 @@ class Ground:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
-    fresh: frozenset[str]  # parameters that it has not (a score head on a language model); zero here
+    fresh: frozenset[str]  # parameters that are not counted as its own (a classifier's head); zero here
 
     def parameters(self) -> dict[str, Tensor]:
         """By name, those that it has."""
@@ -440,7 +440,7 @@ def _labels(weights: Path) -> int:
 
 
 def _classifier(path: str | Path, labels: int) -> tuple[PreTrainedModel, frozenset[str]]:
-    """A sequence classifier in fp32, and the parameters that its folder did not hold: at most the head's."""
+    """A sequence classifier in fp32, and the parameters of its head, which are its adapters' to bring."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -455,7 +455,9 @@ def _classifier(path: str | Path, labels: int) -> tuple[PreTrainedModel, frozens
     lost = [name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")]
     if lost:
         raise ModelError(f"{path}: not a whole model: missing {', '.join(sorted(lost)[:5])}")
-    return without_dropout(model), frozenset(info["missing_keys"])
+    # A head that lies with the base was trained with one of its adapters (a reward stage's final/) and is in that too.
+    trunk = f"{model.base_model_prefix}."
+    return without_dropout(model), frozenset(name for name in model.state_dict() if not name.startswith(trunk))
 
 
 @contextlib.contextmanager

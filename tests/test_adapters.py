@@ -557,6 +557,26 @@ def test_heads_are_averaged_with_their_adapters(shop, classifiers):
     assert_change(out, weighed({"a": 0.25, "b": 0.75}, classifiers))
 
 
+def test_reward_models_are_averaged_on_the_base_that_lies_with_each(shop, folder):
+    """As the reward stage writes them: the base beside the adapter holds that adapter's own head."""
+    own = folder / "parents_lora/reward/final"
+    other = shop.folder / "another_reward"
+    shutil.copytree(own, other)
+    (other / "DONE.json").unlink()
+    torch.manual_seed(3)
+    head = torch.randn(1, 16)
+    for file, key in (("model", "score.weight"), ("adapter_model", "base_model.model.score.weight")):
+        tensors = load_file(other / f"{file}.safetensors")
+        tensors = {k: w + 0.1 * torch.randn_like(w) if "lora_" in k else w for k, w in tensors.items()} | {key: head}
+        save_file(tensors, other / f"{file}.safetensors", metadata={"format": "pt"})
+    places, prompts = {"a": own, "b": other}, str(folder / "prompts.jsonl")
+    out = shop.compose("0.25*a + 0.75*b", folders=places, heads="sum", base="", probe_file=prompts)
+    first, second, both = (load_file(place / "adapter_model.safetensors") for place in (own, other, out))
+    key = "base_model.model.score.weight"
+    torch.testing.assert_close(both[key], 0.25 * first[key] + 0.75 * second[key])
+    assert_change(out, weighed({"a": 0.25, "b": 0.75}, places))
+
+
 # what is refused, in a sentence, and nothing is written
 
 
