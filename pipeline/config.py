@@ -131,10 +131,15 @@ class Adapter:
     adapter_targets: str = dial(
         "", "comma-separated module names; empty: every linear layer but the head (IA3: PEFT's)"
     )
+    load_in_4bit: bool = dial(
+        False, "the frozen base in 4 bits, in memory (Dettmers et al., arXiv 2305.14314): CUDA and bitsandbytes"
+    )
 
     def check(self) -> None:
         if self.dora and self.adapter != "lora":
             raise ConfigError(f"dora: it is a kind of LoRA, and adapter is {self.adapter}; say --adapter lora")
+        if self.load_in_4bit and self.adapter == "none":
+            raise ConfigError("load_in_4bit: weights of 4 bits cannot be trained; say --adapter lora or ia3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +301,8 @@ class PPO:
 
     def check(self) -> None:
         self.adapter.check()
+        if self.adapter.load_in_4bit and self.critic == "head":
+            raise ConfigError("critic: a head is saved with the policy's adapter merged, which 4 bits cannot hold")
         if self.critic_warmup >= self.rollouts:
             raise ConfigError(
                 f"critic_warmup ({self.critic_warmup}) leaves no rollout of {self.rollouts} to train the policy in; "

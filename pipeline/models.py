@@ -7,7 +7,9 @@ training the critic predicts just what the reward model would pay.
 """
 
 import copy
+import importlib.util
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
@@ -33,7 +36,7 @@ from transformers import (
 
 from pipeline import fingerprints
 from pipeline.config import Adapter, Pretrain, UserError
-from pipeline.process import say
+from pipeline.process import processes, say
 from pipeline.roles import (
     POLICY,
     PREFIX,
@@ -207,28 +210,60 @@ def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> 
     return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, attn_implementation=ATTENTION)
 
 
-def loaded(kind: Any, path: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def loaded(kind: Any, path: str | Path, in_4bit: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A transformers model in fp32 and what its loading left open; ModelError for a directory that holds none."""
+    more = four_bits() if in_4bit else {}
     try:
         return kind.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, attn_implementation=ATTENTION
-        )
+            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+            attn_implementation=ATTENTION, **more,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: no model can be loaded from it: {first_line(error)}") from None
 
 
-def load_language_model(path: str | Path) -> PreTrainedModel:
+def four_bits() -> dict[str, Any]:
+    """What `from_pretrained` wants for linear layers of 4 bits, NF4 (Dettmers et al., arXiv 2305.14314)."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("load_in_4bit: it needs a CUDA GPU and the package bitsandbytes; leave it out here")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "score"],
+    )  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": processes().device}}
+
+
+def is_4bit(model: nn.Module) -> bool:
+    return any(parameter.dtype == torch.uint8 for parameter in model.parameters())
+
+
+def keep_fp32(model: nn.Module) -> None:
+    """Undoes that TRL's trainers round what is trained on a base of 4 bits to bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def in_full(base: PreTrainedModel) -> PreTrainedModel:
+    """The base; of one in 4 bits, the language model that it was loaded from."""
+    return without_adapter(loaded_language_model(str(base.name_or_path))) if is_4bit(base) else base
+
+
+def load_language_model(path: str | Path, in_4bit: bool = False) -> PreTrainedModel:
     """A causal language model in fp32, without dropout; an adapter saved in the same directory is merged into it.
 
     Raises ModelError for a checkpoint that lacks weights, which transformers would draw at random, or that has a head
     of another kind, which it would drop: a reward model or critic with tied embeddings loads as a policy otherwise.
     """
-    return without_dropout(merge_adapter(loaded_language_model(path)))
+    model = loaded_language_model(path, in_4bit)
+    if in_4bit and adapter_layers(model):
+        raise ModelError(f"{path}: its adapter cannot be merged into 4 bits; run merge on it, start from that")
+    return without_dropout(merge_adapter(model))
 
 
-def loaded_language_model(path: str | Path) -> PreTrainedModel:
+def loaded_language_model(path: str | Path, in_4bit: bool = False) -> PreTrainedModel:
     """The same with its adapter on it."""
-    model, info = loaded(AutoModelForCausalLM, path)
+    model, info = loaded(AutoModelForCausalLM, path, in_4bit)
     if info["missing_keys"]:
         raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
     heads = [name for name in sorted(info["unexpected_keys"]) if not name.startswith(f"{model.base_model_prefix}.")]
@@ -281,7 +316,7 @@ def load_policy(path: str | Path, dials: Adapter) -> Policy:
     """
     if dials.adapter == "none":
         return load_language_model(path)
-    base = loaded_language_model(path)
+    base = loaded_language_model(path, dials.load_in_4bit)
     sft = taken_off(base)
     if sft is None:
         return with_adapter(without_dropout(base), dials)
@@ -326,22 +361,34 @@ def frozen(model: Model) -> Model:
 
 
 def new_classifier(language_model: PreTrainedModel, pad_id: int) -> PreTrainedModel:
-    """A sequence classifier with one label on a copy of the language model's trunk; its head is zero, its shift too."""
+    """A sequence classifier with one label on a copy of the language model's trunk; its head is zero, its shift too.
+
+    A trunk in 4 bits is not copied.
+    """
     config = copy.deepcopy(language_model.config)
     config.num_labels, config.pad_token_id = 1, pad_id
     config.score_shift = 0.0
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
-    model.base_model.load_state_dict(base_weights(language_model.base_model))
+    device = torch.device("meta") if is_4bit(language_model) else nullcontext()
+    with device:
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=torch.float32, attn_implementation=ATTENTION
+        )
+    if is_4bit(language_model):  # the trunk itself: PEFT and bitsandbytes know its layers
+        setattr(model, model.base_model_prefix, language_model.base_model)
+        model.score = nn.Linear(config.hidden_size, 1, bias=False, device=language_model.device)
+        model.is_loaded_in_4bit, model.name_or_path = True, language_model.name_or_path
+    else:
+        model.base_model.load_state_dict(base_weights(language_model.base_model))
     nn.init.zeros_(head_weight(model))
     return without_dropout(model)
 
 
-def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def new_reward_model(path: str | Path, tokenizer: PreTrainedTokenizerBase, in_4bit: bool = False) -> PreTrainedModel:
     """A language model's classifier with its head drawn from N(0, 1/(d+1)).
 
     The head's scale is that of Stiennon et al. (arXiv 2009.01325); its score starts near unit variance.
     """
-    model = new_classifier(load_language_model(path), tokenizer.pad_token_id)
+    model = new_classifier(load_language_model(path, in_4bit), tokenizer.pad_token_id)
     nn.init.normal_(head_weight(model), std=(model.config.hidden_size + 1) ** -0.5)
     return model
 
@@ -354,9 +401,9 @@ def load_reward_model(path: str | Path) -> PreTrainedModel:
     return without_dropout(merge_adapter(loaded_reward_model(path)))
 
 
-def loaded_reward_model(path: str | Path) -> PreTrainedModel:
+def loaded_reward_model(path: str | Path, in_4bit: bool = False) -> PreTrainedModel:
     """The same with its adapter on it."""
-    model, info = loaded(AutoModelForSequenceClassification, path)
+    model, info = loaded(AutoModelForSequenceClassification, path, in_4bit)
     if info["missing_keys"] or info["unexpected_keys"]:
         keys = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         raise ModelError(f"{path}: not a whole reward model: missing or unused weights {', '.join(keys[:5])}")
@@ -433,7 +480,7 @@ class ValueHead(nn.Linear):
     def save(self, folder: Path, policy: Policy, pad_id: int) -> None:
         """Writes the classifier that gives these values: the policy's trunk, its adapter merged, or the critic's role
         on the base, in the form of a reward model that is an adapter."""
-        own = base_of(policy)
+        own = in_full(base_of(policy))
         if self.role == POLICY:
             own = merge_adapter(copy.deepcopy(own))
         classifier: Policy = new_classifier(own, pad_id)
@@ -466,7 +513,7 @@ def load_reward(path: str | Path, policy: Policy) -> PreTrainedModel | ValueHead
             f"{path}: it is {theirs} and the policy {ours}: roles on one base have one type of adapter; train "
             f"one of them again with the other's"
         )
-    theirs, ours = trunk_fingerprint(model), trunk_fingerprint(base_of(policy))
+    theirs, ours = trunk_fingerprint(model), trunk_fingerprint(in_full(base_of(policy)))
     if theirs != ours:
         raise ModelError(
             f"{path}: it is an adapter on another base ({theirs}) than the policy's ({ours}): train the reward model "
@@ -630,10 +677,17 @@ def save_with_base(model: Policy, folder: Path) -> None:
         return
     base = base_of(model)
     weights = base_weights(base)
+    if is_4bit(base):
+        trunk = f"{base.base_model_prefix}."
+        heads = {name: weight for name, weight in weights.items() if not name.startswith(trunk)}
+        weights = {n: w for n, w in base_weights(in_full(base)).items() if n.startswith(trunk)} | heads
+        vars(base).pop("hf_quantizer", None)  # else it would write weights of its own choice
+        vars(base.config).pop("quantization_config", None)
     config = config_of(model)
     config.base_model_name_or_path = None
-    base.name_or_path = None  # else PEFT writes this path again
+    source, base.name_or_path = base.name_or_path, None  # else PEFT writes this path again
     model.save_pretrained(str(folder), selected_adapters=[POLICY])
+    base.name_or_path = source
     (folder / "README.md").unlink()  # a model card with empty headings
     if isinstance(config, LoraConfig) and config.use_dora:
         # PEFT leaves `.weight` off DoRA's magnitudes, and transformers, which wants it, then has them at their start.

@@ -41,6 +41,7 @@ from pipeline.models import (
     base_of,
     check_model,
     frozen,
+    in_full,
     load_policy,
     load_reward,
     new_classifier,
@@ -455,7 +456,7 @@ def origins(actor_critic: ActorCritic) -> dict[str, str]:
         return found
     is_copy, on_base = REFERENCE in policy.peft_config, "an adapter on the base"
     return found | {
-        "base": trunk_fingerprint(base_of(policy)),
+        "base": trunk_fingerprint(in_full(base_of(policy))),
         "policy": "a copy of SFT's adapter" if is_copy else "a new adapter on SFT",
         "reference": "SFT's adapter" if is_copy else "the base",
         "critic": on_base if is_adapter else found["critic"],

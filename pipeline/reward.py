@@ -25,6 +25,8 @@ from pipeline.models import (
     base_of,
     check_model,
     frozen,
+    is_4bit,
+    keep_fp32,
     load_language_model,
     loaded_reward_model,
     new_reward_model,
@@ -56,7 +58,7 @@ def train(config: Reward) -> Path:
     with stage:
         set_seed(config.run.seed)
         tokenizer = same_tokenizer({"sft": sft, "base": base})
-        model: Policy = new_reward_model(base, tokenizer)
+        model: Policy = new_reward_model(base, tokenizer, config.adapter.load_in_4bit)
         if config.adapter.adapter != "none":
             model = with_adapter(base_of(model), config.adapter, TaskType.SEQ_CLS)
         pairs = read_rows(config.train_file, "pair", config.train_rows, config.run.bad_rows, config.run.seed)
@@ -68,6 +70,7 @@ def train(config: Reward) -> Path:
         first = rows[0]["chosen_ids"]
         show_example(tokenizer, first, [IGNORED] * (len(first) - 1) + first[-1:], "chosen, scored at")
         trainer = new_trainer(model, tokenizer, rows, config, stage.folder)
+        keep_fp32(model)
         trained_model = trained(trainer, model, stage).eval()
         model = base_of(trained_model)
         model.config.score_shift = mean_score_of_samples(model, tokenizer, sft, config)
@@ -158,7 +161,7 @@ def save(model: Policy, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Seq
     expected = reward_model_scores(base_of(model), ids, mask)
     save_with_base(model, folder)
     tokenizer.save_pretrained(folder)
-    again = frozen(without_dropout(loaded_reward_model(folder))).to(processes().device)
+    again = frozen(without_dropout(loaded_reward_model(folder, is_4bit(model)))).to(processes().device)
     error = (reward_model_scores(again, ids, mask) - expected).abs().max().item()
     if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ModelError(f"reward: what was saved scores texts otherwise than what was trained, by up to {error:.2g}")

@@ -146,7 +146,8 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     if any(isinstance(layer, BaseTunerLayer) for _, layer in found):
         model._hf_peft_config_loaded = False  # save_pretrained would otherwise write an adapter alone
         del model.peft_config
-        model.requires_grad_(True)  # the adapter's loading froze the base
+        for parameter in model.parameters():  # the adapter's loading froze the base
+            parameter.requires_grad_(parameter.is_floating_point())  # what has 4 bits cannot be trained
         # Left by the adapter's loading: save_pretrained would apply them to the name of every weight.
         vars(model).pop("_weight_conversions", None)
     return model

@@ -10,7 +10,16 @@ from trl import SFTConfig
 from pipeline.config import SFT
 from pipeline.data import completion_rows, show_example, with_chat_template
 from pipeline.formats import read_rows
-from pipeline.models import Policy, base_of, check_model, load_language_model, load_tokenizer, save_policy, with_adapter
+from pipeline.models import (
+    Policy,
+    base_of,
+    check_model,
+    keep_fp32,
+    load_language_model,
+    load_tokenizer,
+    save_policy,
+    with_adapter,
+)
 from pipeline.process import processes, quiet, say
 from pipeline.run import StageRun
 from pipeline.trainers import NextTokenTrainer, in_length_batches, trained, training_arguments, validation_loss
@@ -27,7 +36,7 @@ def train(config: SFT) -> Path:
     with stage:
         set_seed(config.run.seed)
         tokenizer = load_tokenizer(base)
-        model: Policy = load_language_model(base)
+        model: Policy = load_language_model(base, config.adapter.load_in_4bit)
         if config.adapter.adapter != "none":
             model = with_adapter(base_of(model), config.adapter)
         read = partial(read_rows, kind="completion", bad_rows=config.run.bad_rows, seed=config.run.seed)
@@ -55,6 +64,7 @@ def train(config: SFT) -> Path:
             ),
             processing_class=tokenizer,
         )
+        keep_fp32(model)
         model = trained(trainer, model, stage)
         loss, tokens = validation_loss(model, tokenizer, held_out, config.optim.micro_batch, config.run.precision)
         metrics = {

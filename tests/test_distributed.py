@@ -40,7 +40,7 @@ def launch(
         [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0",
          "--config_file", f"configs/accelerate/{backend}.yaml", *launch_with, *command],
         cwd=ROOT, env={**os.environ, **ENVIRONMENT, **environment}, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=200, check=False,
+        text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def launch(
 def one(folder) -> Path:
     done = subprocess.run(
         [sys.executable, "tests/ranks.py", str(folder), "one"],
-        cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "one"
@@ -243,7 +243,7 @@ def test_two_machines_are_two_processes(folder, ddp):
         )
         for rank in range(2)
     ]  # fmt: skip
-    printed = [node.communicate(timeout=200)[0] for node in nodes]
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed[0][-3000:]
     for rank, text in enumerate(printed):
         assert f"rank {rank}: all done" in text

@@ -599,3 +599,16 @@ def test_dora_is_a_kind_of_lora(kind, tmp_path, capsys):
     with pytest.raises(ConfigError):
         Adapter(dora=True).check()
     assert copy.copy(Adapter(adapter="lora", dora=True)).check() is None
+
+
+def test_a_base_in_4_bits_is_refused_where_it_cannot_be(saved, tokenizer):
+    """There is no GPU here; on one whose kernels run on CPUs the stages are in docs/log.md."""
+    dials = dataclasses.replace(LORA, load_in_4bit=True)
+    makes = (partial(load_policy, dials=dials), partial(load_language_model, in_4bit=True))
+    for make in (*makes, partial(new_reward_model, tokenizer=tokenizer, in_4bit=True)):
+        with pytest.raises(ModelError, match="load_in_4bit: it needs a CUDA GPU and the package bitsandbytes"):
+            make(saved["llama"])
+    with pytest.raises(ConfigError, match="weights of 4 bits cannot be trained; say --adapter lora or ia3"):
+        Adapter(load_in_4bit=True).check()
+    with pytest.raises(ConfigError, match="critic: a head is saved with the policy's adapter merged"):
+        dataclasses.replace(CONFIG, adapter=dials, critic="head").check()
