@@ -14,6 +14,7 @@ LAYERS = (
     {"data", "run"},
     {"scoring", "rollout", "trainers", "report", "adapter_files"},
     {"monitor", "adapters"},
+    {"search"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
