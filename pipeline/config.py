@@ -381,9 +381,10 @@ class Search:
         "what must hold meanwhile: `perplexity <= 1.05*base, kl <= 6`; base is the model without adapters; objectives "
         "and repetition may be named too",
     )
+    also: str = dial("", "comma-separated measures that decide nothing and are reported: as in constraints")
     validation_file: str = dial("", "`prompt` + `completion` (loss), pairs (accuracy), else `prompt`: " + SOURCES)
     test_file: str = dial("", "rows as in validation_file and none of them; measured once, at the end")
-    retain_file: str = dial("", "`text` of the perplexity that a constraint names: " + SOURCES)
+    retain_file: str = dial("", "`text` of the perplexity: " + SOURCES)
     retain_test_file: str = dial("", "rows as in retain_file and none of them; measured once, at the end")
     reference: str = dial("base", "expression that kl is measured from: the policy before alignment")
     reward: str = dial("", "reward model, for the objective reward")

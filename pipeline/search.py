@@ -55,7 +55,7 @@ from pipeline.judges import (
     word_repetition,
 )
 from pipeline.losses import next_token_loss
-from pipeline.models import Policy, frozen, load_reward_model, response_logprobs, same_tokenizer
+from pipeline.models import Policy, check_model, frozen, load_reward_model, response_logprobs, same_tokenizer
 from pipeline.process import new_accelerator, quiet, say
 from pipeline.rollout import generate
 from pipeline.scoring import fitted_judge, reward_model_scores
@@ -72,6 +72,7 @@ Labelled = tuple[list[int], list[int]]
 """Ids of a row, and its labels: IGNORED where nothing is predicted."""
 
 SAMPLED = ("reward", "vader", "classifier", "repetition", "kl")
+MEASURED = ("loss", "accuracy", "perplexity", *SAMPLED)
 FIELDS = {
     "prompt": ("prompt",),
     "completion": ("prompt", "completion"),
@@ -156,17 +157,20 @@ def search(config: Search) -> Path:
     quiet()
     out = refuse_existing(config.out)
     folders = places(config.adapters)
-    expression, reference = parse(config.expression, folders), parse(config.reference, folders)
+    expression = parse(config.expression, folders)
     ranges = read_ranges(config.range, variables(expression))
     constraints = read_constraints(config.constraints)
-    asked = {config.objective, *(constraint.measure for constraint in constraints)}
+    asked = {config.objective, *(constraint.measure for constraint in constraints), *read_measures(config.also)}
     asked |= {"kl"} if asked & set(SAMPLED) else set()  # what the objective was paid with
-    used = dict.fromkeys([*names(expression), *names(reference)])
+    used = dict.fromkeys([*names(expression), *names(parse(config.reference, folders))])
     adapters, ground = read_adapters({name: folders[name] for name in used or folders}, config.base)
     refuse_unmixable(adapters, ground)
+    generated = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens if asked & set(SAMPLED) else 0
+    longest = max(config.max_tokens if asked - set(SAMPLED) else 0, generated)
+    check_model(ground.model, ground.tokenizer, longest, ground.path)
     validation, test = read_splits(config, asked, ground.tokenizer)
     with tempfile.TemporaryDirectory() as made:
-        bench = new_bench(config, expression, reference, adapters, ground, asked, Path(made))
+        bench = new_bench(config, [expression], adapters, ground, asked, Path(made))
         base = figures(measured({}, validation, bench))
         trials: list[Trial] = []
 
@@ -452,17 +456,24 @@ def read_ranges(text: str, free: Sequence[str]) -> dict[str, tuple[float, float]
     return {name: found[name] for name in free}
 
 
+def read_measures(text: str, dial: str = "also") -> list[str]:
+    """The measures that a dial names."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    for name in found:
+        if name not in MEASURED:
+            expected = f"expected one of {', '.join(MEASURED)}"
+            raise SearchError(f"{dial}: '{name}' is not measured{nearest(name, MEASURED)}; {expected}")
+    return found
+
+
 def read_constraints(text: str) -> list[Constraint]:
     """The constraints of `perplexity <= 1.05*base, kl <= 6`."""
-    known = ("perplexity", "loss", "accuracy", *SAMPLED)
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = CONSTRAINT.fullmatch(part)
         if match is None:
             raise SearchError(f"constraints: expected `measure <= number` or `measure <= number*base`, got '{part}'")
-        if match[1] not in known:
-            expected = f"expected one of {', '.join(known)}"
-            raise SearchError(f"constraints: '{match[1]}' is not measured{nearest(match[1], known)}; {expected}")
+        read_measures(match[1], "constraints")
         bound = float(match[3]) if match[3] else 1.0
         found.append(Constraint(match[1], match[2], bound, bool(match[4] or match[5])))
     return found
@@ -479,7 +490,7 @@ def read_splits(config: Search, asked: set[str], tokenizer: PreTrainedTokenizerB
             raise SearchError(f"{name}: say which rows; the two splits must share none")
         if "perplexity" in asked and not retained:
             which = "retain_file" if name == "validation_file" else "retain_test_file"
-            raise SearchError(f"{which}: a constraint names perplexity: say which text it is of")
+            raise SearchError(f"{which}: perplexity is asked for: say of which text")
         splits.append(read_split(file, retained if "perplexity" in asked else "", config, asked, tokenizer))
     validation, test = splits
     for one, other, rows, others in (
@@ -556,30 +567,25 @@ def refuse_unmixable(adapters: Mapping[str, Adapter], ground: Ground) -> None:
 
 def new_bench(
     config: Search,
-    expression: Expression,
-    reference: Expression,
+    expressions: Sequence[Expression],
     adapters: Mapping[str, Adapter],
     ground: Ground,
     asked: set[str],
     made: Path,
 ) -> Bench:
     """All adapters loaded, functions of adapters among them, written into the folder `made`; and the judges asked."""
-    for part in parts(expression):
-        if isinstance(part, Call) and part.function not in ("avg", "lerp") and variables(part):
-            raise SearchError(
-                f"expression: ${variables(part)[0]} stands in {part}, which is made anew for each number of it: a "
-                "search finds weights only; put the variable before the function"
-            )
+    reference = parse(config.reference, adapters)
     if free := variables(reference):
         raise SearchError(f"reference: ${free[0]} has no value")
     folders = {name: adapter.folder for name, adapter in adapters.items()}
     updates = {name: adapter.update for name, adapter in adapters.items()}
-    calls = {
-        part: None
-        for part in (*parts(expression), *parts(reference))
-        if isinstance(part, Call) and part.function not in ("avg", "lerp")
-    }
-    for number, call in enumerate(calls):
+    functions = {part: None for whole in (*expressions, reference) for part in parts(whole) if isinstance(part, Call)}
+    for number, call in enumerate(call for call in functions if call.function not in ("avg", "lerp")):
+        if free := variables(call):
+            raise SearchError(
+                f"expression: ${free[0]} stands in {call}, which is made anew for each number of it: a search finds "
+                "weights only; put the variable before the function"
+            )
         folders[str(call)] = made / str(number)
         folders[str(call)].mkdir()
         write_adapter(folders[str(call)], algebra.compress(algebra.evaluate(call, updates))[0], {}, ground, "fp32")

@@ -137,7 +137,7 @@ def asked(places, files, tmp_path, **dials) -> Search:
     given = {
         "expression": "$x*good - 0.5*bad", "range": "x=-1:2", "base": str(places["base"]), "out": str(tmp_path / "out"),
         "adapters": f"good={places['good']},bad={places['bad']}", "budget": 6, "max_tokens": 64,
-        "sampling": Sampling(max_new_tokens=8), **files,
+        "sampling": Sampling(max_prompt_tokens=32, max_new_tokens=8), **files,
     }  # fmt: skip
     return Search(**{**given, **dials})
 
@@ -264,11 +264,12 @@ READ, MEASURED = search.read_rows, search.measured
         ({"test_file": "validation_file"}, "test_file: 18 of its rows are in validation_file too"),
         ({"retain_test_file": "retain_file"}, "retain_test_file: 18 of its rows"),
         ({"constraints": "loss <= 0.001"}, "none of 6 trials keeps"),
-        ({"retain_file": ""}, "retain_file: a constraint names perplexity"),
+        ({"retain_file": ""}, "retain_file: perplexity is asked for"),
         ({"test_file": ""}, "test_file: say which rows"),
         ({"expression": "good"}, r"no \$variable"),
         ({"range": "y=0:1"}, r"has no \$y"),
         ({"max_tokens": 5}, "raise it"),
+        ({"max_tokens": 65}, "its context is 64 tokens"),
         ({"objective": "reward"}, "say which reward model"),
         ({"objective": "classifier"}, "judge_file: say which rows"),
     ],
