@@ -8,8 +8,8 @@
 
 Adapters are trained by the project's SFT stage on the recipe's pretrained model; a class is a completion (" good" or
 " bad") and is right where its log-likelihood is the higher. Weights are chosen on validation rows by
-`pipeline.search` and reported on test rows. The base is one for all seeds: a seed draws the adapters' start and the order
-of their rows. Figures go to docs/findings/<finding>.json, and from there into docs/adapter-arithmetic.md.
+`pipeline.search` and reported on test rows. The base is one for all seeds: a seed draws the adapters' start
+and the order of their rows. Figures go to docs/findings/<finding>.json, and from there into docs/adapter-arithmetic.md.
 """
 
 import argparse
@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from pipeline import sft
 from pipeline.adapter_files import read_adapters
@@ -38,6 +36,7 @@ DATA = Path("data/imdb")
 PAGE = Path("docs/adapter-arithmetic.md")
 WORDS = {"positive": " good", "negative": " bad"}
 OTHER = {"positive": "negative", "negative": "positive"}
+LONGEST = 60  # words of a question and an answer: the base's context is 128 tokens
 Figures = dict[str, float]
 """By what was measured; of one seed."""
 
@@ -175,7 +174,7 @@ def initialisation(given: Given, seed: int) -> Figures:
     }
     expressions = {
         f"{rule}, {start}": text.format(name)
-        for rule, text in (("exact average", "avg(one, {})"), ("factor-wise average", "paper(0.5*one + 0.5*{})"))
+        for rule, text in (("exact", "avg(one, {})"), ("factor-wise", "paper(0.5*one + 0.5*{})"))
         for start, name in (("one start", "two"), ("two starts", "other"))
     }
     alone = {"half two": "two", "half two, other start": "other"}
@@ -217,7 +216,7 @@ def multitask(given: Given, seed: int) -> Figures:
     )  # fmt: skip
     expressions = {
         "base": "base", "sentiment alone": "sentiment", "origin alone": "origin", "average": "avg(sentiment, origin)",
-        "sum": "sentiment + origin", "sum, weights searched": chosen["found"], "trained on both": "both",
+        "sum": "sentiment + origin", "searched": chosen["found"], "trained on both": "both",
     }  # fmt: skip
     tasks = {task: accuracies(given, adapters, expressions, files[task, "test"]) for task in ("sentiment", "origin")}
     found = {f"{name}: {task}": tasks[task][name] for name in expressions for task in tasks}
@@ -276,7 +275,7 @@ def unlearning(given: Given, seed: int) -> Figures:
     found = side_by_side(result, ("vader", "classifier", "repetition", "kl"), "reviews")
     if not given.pairs:
         return found
-    rows = [short_dialogue(row) for row in read_rows(given.pairs, "pair")]
+    rows = [short_dialogue(row) for row in read_rows(given.pairs, "pair", bad_rows="drop")]
     rows = [row for row in {row["prompt"]: row for row in rows if row is not None}.values()]
     random.Random(0).shuffle(rows)
     train_rows, validation, test = (
@@ -300,11 +299,11 @@ def only(rows: Sequence[tuple[str, str]], label: str) -> list[tuple[str, str]]:
 
 def short_dialogue(row: Mapping) -> dict[str, str] | None:
     """The last question of a pair with both answers, as plain text; None where one is too long for the base."""
-    question = row["prompt"][-1]["content"] if isinstance(row["prompt"], list) else row["prompt"]
+    question = row["prompt"][-1]["content"]
     answers = {
         side: row[side][-1]["content"] if isinstance(row[side], list) else row[side] for side in ("chosen", "rejected")
     }
-    if max(len(f"{question} {answer}".split()) for answer in answers.values()) > 60:
+    if max(len(f"{question} {answer}".split()) for answer in answers.values()) > LONGEST:
         return None
     return {"prompt": f"{question} Answer:"} | {side: f" {answer.strip()}" for side, answer in answers.items()}
 
@@ -316,7 +315,7 @@ def side_by_side(result: dict, measures: Sequence[str], what: str) -> Figures:
     found = {f"{what}: {name}, {m}": row[m]["value"] for m in measures for name, row in rows.items()}
     for name in ("subtracted", "added"):
         ratio = rows[name]["perplexity"]["value"] / rows["base"]["perplexity"]["value"]
-        found[f"{what}: {name}, perplexity of other text over the base's"] = ratio
+        found[f"{what}: {name}, perplexity ratio"] = ratio
     return found | {f"{what}: weight": result["chosen"]["x"]}
 
 
@@ -329,63 +328,54 @@ class Claim:
     less: str | float
 
 
-@dataclass(frozen=True)
-class Finding:
-    run: Callable[[Given, int], Figures]
-    claims: tuple[Claim, ...]
-
-
-FINDINGS = {
-    "distribution": Finding(
+FINDINGS: dict[str, tuple[Callable[[Given, int], Figures], tuple[Claim, ...]]] = {
+    "distribution": (
         distribution,
         (
             Claim("the exact average beats the halves' mean", "exact average", "mean of the halves"),
             Claim("so does the factor-wise average", "factor-wise average", "mean of the halves"),
             Claim("the exact average beats the factor-wise one", "exact average", "factor-wise average"),
-            Claim("the exact average is as good as training on all", "exact average", "trained on all"),
+            Claim("the exact average beats training on all", "exact average", "trained on all"),
         ),
     ),
-    "initialisation": Finding(
+    "initialisation": (
         initialisation,
         (
-            Claim("factor-wise, one start beats two", "factor-wise average, one start", "factor-wise average, two starts"),
-            Claim("exact, one start beats two", "exact average, one start", "exact average, two starts"),
-            Claim(
-                "from two starts, exact beats factor-wise",
-                "exact average, two starts",
-                "factor-wise average, two starts",
-            ),
+            Claim("factor-wise: one start is better", "factor-wise, one start", "factor-wise, two starts"),
+            Claim("exact: one start beats two", "exact, one start", "exact, two starts"),
+            Claim("two starts: exact beats factor-wise", "exact, two starts", "factor-wise, two starts"),
         ),
     ),
-    "multitask": Finding(
+    "multitask": (
         multitask,
         (
-            Claim("the searched sum does both better than the sentiment adapter", "sum, weights searched: mean", "sentiment alone: mean"),
-            Claim("… than the origin adapter", "sum, weights searched: mean", "origin alone: mean"),
-            Claim("it keeps sentiment", "sum, weights searched: sentiment", "sentiment alone: sentiment"),
-            Claim("it keeps origin", "sum, weights searched: origin", "origin alone: origin"),
-            Claim("the searched sum beats the plain average", "sum, weights searched: mean", "average: mean"),
-            Claim("the searched sum is as good as training on both", "sum, weights searched: mean", "trained on both: mean"),
+            Claim("both tasks: the sum beats the sentiment adapter", "searched: mean", "sentiment alone: mean"),
+            Claim("both tasks: the sum beats the origin adapter", "searched: mean", "origin alone: mean"),
+            Claim("both tasks: the sum beats the average", "searched: mean", "average: mean"),
+            Claim("both tasks: the sum beats training on both", "searched: mean", "trained on both: mean"),
+            Claim("sentiment: the sum beats its own adapter", "searched: sentiment", "sentiment alone: sentiment"),
+            Claim("origin: the sum beats its own adapter", "searched: origin", "origin alone: origin"),
         ),
     ),
-    "transfer": Finding(
+    "transfer": (
         transfer,
         (
             Claim("to rt: the analogy beats cls_imdb", "on rt: analogy, c searched", "on rt: cls_imdb alone"),
             Claim("to imdb: the analogy beats cls_rt", "on imdb: analogy, c searched", "on imdb: cls_rt alone"),
         ),
     ),
-    "unlearning": Finding(
+    "unlearning": (
         unlearning,
         (
             Claim("reviews: VADER rises", "reviews: subtracted, vader", "reviews: base, vader"),
             Claim("reviews: the other judge rises", "reviews: subtracted, classifier", "reviews: base, classifier"),
-            Claim("reviews: perplexity is held", "held", "reviews: subtracted, perplexity of other text over the base's"),
-            Claim("dialogue: the harmless answer is likelier more often", "dialogue: subtracted, accuracy", "dialogue: base, accuracy"),
+            Claim("reviews: perplexity is held", "1.05", "reviews: subtracted, perplexity ratio"),
+            Claim("dialogue: accuracy rises", "dialogue: subtracted, accuracy", "dialogue: base, accuracy"),
+            Claim("dialogue: perplexity is held", "1.05", "dialogue: subtracted, perplexity ratio"),
         ),
     ),
 }  # fmt: skip
-BOUNDS = {"held": 1.05}
+BOUNDS = {"1.05": 1.05}
 """Figures of claims that nothing measures."""
 
 
@@ -400,7 +390,7 @@ def report(finding: str, found: Mapping[int, Figures], seconds: float, command: 
         for name in measures
     }
     claims = []
-    for claim in FINDINGS[finding].claims:
+    for claim in FINDINGS[finding][1]:
         known = [{**figures, **BOUNDS} for figures in found.values()]
         if not all(claim.more in figures and claim.less in figures for figures in known):
             continue
@@ -467,7 +457,7 @@ def main() -> None:
         sys.exit(f"error: {given.base}: no pretrained model; `make pretrain`, or give --base")
     found = {}
     for seed in given.seeds:
-        found[seed] = FINDINGS[given.finding].run(Given(given.base, given.runs, given.adapter, given.pairs), seed)
+        found[seed] = FINDINGS[given.finding][0](Given(given.base, given.runs, given.adapter, given.pairs), seed)
         print(f"{given.finding}, seed {seed}: {json.dumps(found[seed])}", flush=True)
     seeds = " ".join(map(str, given.seeds))
     options = "".join(
