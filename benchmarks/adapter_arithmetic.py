@@ -3,13 +3,15 @@
     python benchmarks/adapter_arithmetic.py distribution     adapters of two label-skewed halves, combined
     python benchmarks/adapter_arithmetic.py initialisation   the same from one start of A and from two
     python benchmarks/adapter_arithmetic.py multitask        two tasks in one adapter
-    python benchmarks/adapter_arithmetic.py transfer         cls_imdb + c*(lm_rt - lm_imdb) on Rotten Tomatoes, and back
+    python benchmarks/adapter_arithmetic.py transfer         sentiment of one collection + (one domain - the other)
     python benchmarks/adapter_arithmetic.py unlearning [--pairs FILE]   an adapter of what is not wanted, subtracted
 
-Adapters are trained by the project's SFT stage on the recipe's pretrained model; a class is a completion (" good" or
-" bad") and is right where its log-likelihood is the higher. Weights are chosen on validation rows by
-`pipeline.search` and reported on test rows. The base is one for all seeds: a seed draws the adapters' start
-and the order of their rows. Figures go to docs/findings/<finding>.json, and from there into docs/adapter-arithmetic.md.
+Adapters are trained by the project's SFT stage on the recipe's pretrained model. It has 1.2 M parameters and does not
+learn to say " good" or " bad" after a text (docs/log.md), so texts are learnt as texts: three words are the prompt,
+what follows them the completion, and a sentiment is a pair of adapters, of the positive and of the negative texts; a
+text is positive where the first gives it the higher likelihood. Weights are chosen on validation rows and reported on
+test rows. The base is one for all seeds: a seed draws the adapters' start, the rows and their order. Figures go to
+docs/findings/<finding>.json and into docs/adapter-arithmetic.md.
 """
 
 import argparse
@@ -22,20 +24,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipeline import sft
 from pipeline.adapter_files import read_adapters
 from pipeline.config import SFT, Adapter, Optim, Run, Sampling, Search
 from pipeline.expressions import parse
 from pipeline.formats import read_rows
-from pipeline.judges import mean_ci
+from pipeline.judges import mean_ci, pair_accuracy
 from pipeline.report import markdown_table
-from pipeline.search import figures, measured, new_bench, read_split, search, weights_of
+from pipeline.search import log_likelihoods, measured, new_bench, read_split, search, weights_of
 
 DATA = Path("data/imdb")
 PAGE = Path("docs/adapter-arithmetic.md")
-WORDS = {"positive": " good", "negative": " bad"}
-OTHER = {"positive": "negative", "negative": "positive"}
+ROWS = 3000  # texts that an adapter learns from
 LONGEST = 60  # words of a question and an answer: the base's context is 128 tokens
 Figures = dict[str, float]
 """By what was measured; of one seed."""
@@ -52,36 +56,30 @@ class Given:
 # ------------------------------------------------------------------------------------------------- data
 
 
-def texts(split: str, source: str) -> list[tuple[str, str]]:
-    """(text, label) of the preference pairs' distinct texts from one source, in an order that depends on nothing."""
+def texts(split: str, source: str, seed: int, limit: int, label: str = "") -> list[tuple[str, str]]:
+    """(text, label) of distinct texts, five words or more, from one source of the preference pairs, in a drawn order."""
     labels: dict[str, set[str]] = {}
     for line in (DATA / "reward" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["source"] == source:
             labels.setdefault(row["chosen"], set()).add("positive")
             labels.setdefault(row["rejected"], set()).add("negative")
-    rows = sorted((text, min(label)) for text, label in labels.items() if len(label) == 1)
-    random.Random(0).shuffle(rows)
-    return rows
+    rows = sorted((text, min(label)) for text, label in labels.items() if len(label) == 1 and len(text.split()) > 4)
+    random.Random(seed).shuffle(rows)
+    return [row for row in rows if label in ("", row[1])][:limit]
 
 
-def verdict(text: str, label: str) -> dict[str, str]:
-    """A text as a question about its sentiment: a pair for what is measured, a completion for what is trained."""
-    return asked(text, " It is", WORDS[label], WORDS[OTHER[label]])
+def continued(rows: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Each text as three words and what follows them."""
+    found = []
+    for text, _ in rows:
+        start = re.match(r"\s*(\S+\s+){2}\S+", text)
+        assert start is not None
+        found.append({"prompt": text[: start.end()], "completion": text[start.end() :]})
+    return found
 
 
-def asked(text: str, question: str, right: str, wrong: str) -> dict[str, str]:
-    return {"prompt": text + question, "completion": right, "chosen": right, "rejected": wrong}
-
-
-def continued(text: str) -> dict[str, str]:
-    """A text as three words and what follows them."""
-    start = re.match(r"\s*(\S+\s+){2}\S+", text)
-    cut = start.end() if start else 0
-    return {"prompt": text[:cut] or " ", "completion": text[cut:] or " "}
-
-
-def write(file: Path, rows: Sequence[Mapping[str, str]]) -> str:
+def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(file)
@@ -105,156 +103,199 @@ def train(given: Given, seed: int, name: str, rows: Sequence[Mapping[str, str]],
     )  # fmt: skip
 
 
-def accuracies(given: Given, adapters: Mapping[str, Path], expressions: Mapping[str, str], file: str) -> Figures:
-    """Share of the file's pairs whose right completion is the likelier, by expression."""
+def train_language(given: Given, seed: int, source: str) -> Path:
+    """An adapter of one collection's texts, whatever their label."""
+    return train(given, seed, f"lm_{source}", continued(texts("train", source, seed, ROWS)))
+
+
+def measure(
+    given: Given, adapters: Mapping[str, Path], expressions: Mapping[str, str], file: str, what: str
+) -> Figures:
+    """loss: nats per token of the file's completions; accuracy: share of its pairs; by expression."""
+    rows = {name: values for name, values in by_row(given, adapters, expressions, file, what).items()}
+    return {name: float(values.mean()) for name, values in rows.items()}
+
+
+def by_row(
+    given: Given, adapters: Mapping[str, Path], expressions: Mapping[str, str], file: str, what: str
+) -> dict[str, np.ndarray]:
+    """What was measured of each row; `likelihood`: of its completion, nats."""
     config = Search(base=str(given.base))
     read, ground = read_adapters(adapters, config.base)
     trees = {name: parse(text, adapters) for name, text in expressions.items()}
-    rows = read_split(file, "", config, {"accuracy"}, ground.tokenizer)
+    asked = {"loss" if what == "likelihood" else what}
+    rows = read_split(file, "", config, asked, ground.tokenizer)
+    found = {}
     with tempfile.TemporaryDirectory() as made:
-        bench = new_bench(config, list(trees.values()), read, ground, {"accuracy"}, Path(made))
-        return {name: figures(measured(weights_of(tree), rows, bench))["accuracy"] for name, tree in trees.items()}
+        bench = new_bench(config, list(trees.values()), read, ground, asked, Path(made))
+        for name, tree in trees.items():
+            if what == "likelihood":
+                bench.mixture.set(weights_of(tree))
+                found[name] = log_likelihoods(bench.mixture.model, bench.tokenizer, rows.completions, 64)[0]
+            else:
+                found[name] = measured(weights_of(tree), rows, bench)[what]
+    return found
 
 
-def searched(given: Given, seed: int, name: str, adapters: Mapping[str, Path], **dials: object) -> dict:
+def searched(given: Given, seed: int, name: str, adapters: Mapping[str, Path], **dials: Any) -> dict[str, Any]:
     """result.json of a search, made unless it is there."""
     out = given.runs / given.adapter / f"seed{seed}" / "search" / name
     if not out.exists():
         folders = ",".join(f"{adapter}={folder}" for adapter, folder in adapters.items())
-        search(Search(adapters=folders, base=str(given.base), out=str(out), seed=seed, **dials))  # type: ignore[arg-type]
+        search(Search(adapters=folders, base=str(given.base), out=str(out), seed=seed, **dials))
     return json.loads((out / "result.json").read_text(encoding="utf-8"))
 
 
-def pairs_file(given: Given, split: str, source: str, limit: int) -> str:
-    rows = [verdict(*row) for row in texts(split, source)[:limit]]
-    return write(given.runs / "data" / f"{source}_{split}.jsonl", rows)
+def data_file(given: Given, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    return write(given.runs / "data" / f"{name}.jsonl", rows)
 
 
 # ------------------------------------------------------------------------------------------------- findings
 
 
 def halves(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Rotten Tomatoes cut in two by the seed: four of five negative texts in the first, four of five positive ones in
-    the second."""
+    """The texts of lm_rt in two: four of five negative ones in the first, four of five positive ones in the second."""
     found: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
-    rows = texts("train", "rt")
-    random.Random(seed).shuffle(rows)
     count = {"positive": 0, "negative": 0}
-    for text, label in rows:
+    for text, label in texts("train", "rt", seed, ROWS):
         count[label] += 1
-        is_rare = count[label] % 5 == 0
-        found[is_rare == (label == "negative")].append((text, label))
+        found[(count[label] % 5 == 0) == (label == "negative")].append((text, label))
     return found
 
 
 def distribution(given: Given, seed: int) -> Figures:
     one, two = halves(seed)
     adapters = {
-        "one": train(given, seed, "half_one", [verdict(*row) for row in one], epochs=2),
-        "two": train(given, seed, "half_two", [verdict(*row) for row in two], epochs=2),
-        "all": train(given, seed, "rt", [verdict(*row) for row in [*one, *two]], epochs=2),
+        "one": train(given, seed, "half_one", continued(one)),
+        "two": train(given, seed, "half_two", continued(two)),
+        "all": train_language(given, seed, "rt"),
     }
     expressions = {
         "base": "base", "half one": "one", "half two": "two", "exact average": "avg(one, two)",
-        "factor-wise average": "paper(0.5*one + 0.5*two)", "trained on all": "all",
+        "factor-wise average": "paper(0.5*one + 0.5*two)", "exact sum": "one + two", "trained on all": "all",
     }  # fmt: skip
-    if given.adapter == "ia3":
-        expressions.pop("factor-wise average")  # it is the exact one
-    found = accuracies(given, adapters, expressions, pairs_file(given, "test", "rt", 1000))
+    found = measure(
+        given, adapters, expressions, data_file(given, "rt_test", continued(texts("test", "rt", 0, 1000))), "loss"
+    )
     return found | {"mean of the halves": (found["half one"] + found["half two"]) / 2}
 
 
 def initialisation(given: Given, seed: int) -> Figures:
     one, two = halves(seed)
-    rows = [verdict(*row) for row in two]
     adapters = {
-        "one": train(given, seed, "half_one", [verdict(*row) for row in one], epochs=2),
-        "two": train(given, seed, "half_two", rows, epochs=2),
-        "other": train(given, seed + 100, "half_two", rows, epochs=2),
+        "one": train(given, seed, "half_one", continued(one)),
+        "two": train(given, seed, "half_two", continued(two)),
+        "other": train(given, seed + 100, "half_two", continued(two)),
     }
     expressions = {
         f"{rule}, {start}": text.format(name)
         for rule, text in (("exact", "avg(one, {})"), ("factor-wise", "paper(0.5*one + 0.5*{})"))
         for start, name in (("one start", "two"), ("two starts", "other"))
     }
-    alone = {"half two": "two", "half two, other start": "other"}
-    return accuracies(given, adapters, expressions | alone, pairs_file(given, "test", "rt", 1000))
+    alone = {"half one": "one", "half two": "two", "half two, other start": "other"}
+    file = data_file(given, "rt_test", continued(texts("test", "rt", 0, 1000)))
+    return measure(given, adapters, expressions | alone, file, "loss")
 
 
 def multitask(given: Given, seed: int) -> Figures:
-    """Sentiment, and which of the two collections a text is from; each trained on texts of both."""
+    """Which collection a text is from, said after it, and which of two completions is a snippet's own."""
+    chosen_words = {"imdb": " users", "rt": " critics"}
 
-    def rows(split: str, each: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-        sources = {"imdb": " review", "rt": " snippet"}
-        drawn = {source: texts(split, source) for source in sources}
-        for part in drawn.values():
-            random.Random(seed).shuffle(part)
-        words = list(sources.values())
-        feeling = [verdict(*row) for part in drawn.values() for row in part[:each]]
-        origin = [
-            asked(text, " From a", sources[source], words[1 - words.index(sources[source])])
-            for source, part in drawn.items()
-            for text, _ in part[:each]
+    def origin(split: str, each: int) -> list[dict[str, str]]:
+        right, wrong = chosen_words, dict(zip(chosen_words, reversed(chosen_words.values()), strict=True))
+        return [
+            {"prompt": f"{text} From", "completion": right[s], "chosen": right[s], "rejected": wrong[s]}
+            for s in chosen_words
+            for text, _ in texts(split, s, seed, each)
         ]
-        return feeling, origin
 
-    sentiment, origin = rows("train", 3000)
+    def continuation(split: str, number: int) -> list[dict[str, str]]:
+        rows = sorted(continued(texts(split, "rt", seed, number)), key=lambda row: len(row["completion"].split()))
+        others = [*rows[1:], rows[0]]  # of about the same length
+        return [
+            row | {"chosen": row["completion"], "rejected": o["completion"]}
+            for row, o in zip(rows, others, strict=True)
+        ]
+
+    learnt = origin("train", ROWS // 2)
+    snippets = continued(texts("train", "rt", seed, ROWS))
     adapters = {
-        "sentiment": train(given, seed, "sentiment", sentiment),
-        "origin": train(given, seed, "origin", origin),
-        "both": train(given, seed, "both", [*sentiment, *origin]),
+        "origin": train(given, seed, "origin", learnt),
+        "snippets": train_language(given, seed, "rt"),
+        "both": train(given, seed, "both", [*learnt, *snippets]),
     }
-    files = {}
-    for split, each in (("validation", 200), ("test", 500)):
-        for task, part in zip(("sentiment", "origin"), rows(split, each), strict=True):
-            files[task, split] = write(given.runs / "data" / f"multitask{seed}_{task}_{split}.jsonl", part)
-    chosen = searched(
-        given, seed, "multitask", {name: adapters[name] for name in ("sentiment", "origin")},
-        expression="$x*sentiment + $y*origin", range="x=0:1.5,y=0:1.5", objective="accuracy", budget=20,
-        validation_file=f"{files['sentiment', 'validation']},{files['origin', 'validation']}",
-        test_file=f"{files['sentiment', 'test']},{files['origin', 'test']}",
+    files = {
+        (task, split): data_file(given, f"{task}{seed}_{split}", rows)
+        for split, each in (("validation", 100), ("test", 350))
+        for task, rows in (("origin", origin(split, each)), ("continuation", continuation(split, 2 * each)))
+    }
+    found = searched(
+        given, seed, "multitask", {name: adapters[name] for name in ("origin", "snippets")},
+        expression="$x*origin + $y*snippets", range="x=0:1.5,y=0:1.5", objective="accuracy", budget=14, grid=9,
+        validation_file=f"{files['origin', 'validation']},{files['continuation', 'validation']}",
+        test_file=f"{files['origin', 'test']},{files['continuation', 'test']}",
     )  # fmt: skip
     expressions = {
-        "base": "base", "sentiment alone": "sentiment", "origin alone": "origin", "average": "avg(sentiment, origin)",
-        "sum": "sentiment + origin", "searched": chosen["found"], "trained on both": "both",
+        "base": "base", "origin alone": "origin", "snippets alone": "snippets", "average": "avg(origin, snippets)",
+        "sum": "origin + snippets", "searched": found["found"], "trained on both": "both",
     }  # fmt: skip
-    tasks = {task: accuracies(given, adapters, expressions, files[task, "test"]) for task in ("sentiment", "origin")}
-    found = {f"{name}: {task}": tasks[task][name] for name in expressions for task in tasks}
-    found |= {f"{name}: mean": (tasks["sentiment"][name] + tasks["origin"][name]) / 2 for name in expressions}
-    return found | {f"weight of {n}": chosen["chosen"][v] for n, v in (("sentiment", "x"), ("origin", "y"))}
+    tasks = {
+        task: measure(given, adapters, expressions, files[task, "test"], "accuracy")
+        for task in ("origin", "continuation")
+    }
+    result = {f"{name}: {task}": tasks[task][name] for name in expressions for task in tasks}
+    result |= {f"{name}: mean": (tasks["origin"][name] + tasks["continuation"][name]) / 2 for name in expressions}
+    return result | {"weight of origin": found["chosen"]["x"], "weight of snippets": found["chosen"]["y"]}
 
 
 def transfer(given: Given, seed: int) -> Figures:
-    labelled = {source: [verdict(*row) for row in texts("train", source)[:6000]] for source in ("imdb", "rt")}
-    plain = {source: [continued(text) for text, _ in texts("train", source)[:6000]] for source in labelled}
-    adapters = {f"cls_{source}": train(given, seed, f"cls_{source}", labelled[source]) for source in labelled}
-    adapters |= {f"lm_{source}": train(given, seed, f"lm_{source}", plain[source]) for source in labelled}
+    adapters = {f"lm_{source}": train_language(given, seed, source) for source in ("imdb", "rt")}
+    for source in ("imdb", "rt"):
+        for label in ("positive", "negative"):
+            rows = continued(texts("train", source, seed, ROWS // 2, label))
+            adapters[f"{label}_{source}"] = train(given, seed, f"{label}_{source}", rows)
+
+    def accuracy(split: str, aim: str, sentiment: str, shifts: Mapping[str, str]) -> Figures:
+        """Of texts of `aim` by the two adapters of `sentiment`, each shifted."""
+        rows = texts(split, aim, 0, 700)
+        file = data_file(given, f"{aim}_{split}", continued(rows))
+        both = {
+            (name, label): f"{label}_{sentiment}{shift}"
+            for name, shift in shifts.items()
+            for label in ("positive", "negative")
+        }
+        found = by_row(given, adapters, {f"{n} {label}": text for (n, label), text in both.items()}, file, "likelihood")
+        truth = np.array([1 if label == "positive" else -1 for _, label in rows])
+        return {
+            name: float(pair_accuracy((found[f"{name} positive"] - found[f"{name} negative"]) * truth).mean())
+            for name in shifts
+        }
+
     found: Figures = {}
     for aim, other in (("rt", "imdb"), ("imdb", "rt")):
-        chosen = searched(
-            given, seed, f"transfer_{aim}", {k: v for k, v in adapters.items() if k != f"cls_{aim}"},
-            expression=f"cls_{other} + $c*(lm_{aim} - lm_{other})", range="c=0:1", objective="accuracy", budget=11,
-            grid=11, validation_file=pairs_file(given, "validation", aim, 500),
-            test_file=pairs_file(given, "test", aim, 1000),
-        )  # fmt: skip
-        expressions = {
-            "base": "base", f"cls_{other} alone": f"cls_{other}",
-            "analogy, c = 1": f"cls_{other} + lm_{aim} - lm_{other}", "analogy, c searched": chosen["found"],
-            f"cls_{aim}, trained there": f"cls_{aim}",
-        }  # fmt: skip
-        on_test = accuracies(given, adapters, expressions, pairs_file(given, "test", aim, 1000))
-        found |= {f"on {aim}: {name}": value for name, value in on_test.items()}
-        found[f"on {aim}: c"] = chosen["chosen"]["c"]
+
+        def by(c: float) -> str:
+            return f" + {c}*(lm_{aim} - lm_{other})"  # noqa: B023
+
+        grid = accuracy("validation", aim, other, {str(c): by(c) for c in (0.0, 0.25, 0.5, 0.75, 1.0)})
+        c = max(grid, key=lambda c: grid[c])
+        on_test = accuracy(
+            "test", aim, other, {"alone": "", "analogy, c = 1": by(1.0), "analogy, c chosen": by(float(c))}
+        )
+        found |= {f"on {aim}, sentiment of {other}: {name}": value for name, value in on_test.items()}
+        found[f"on {aim}: c"] = float(c)
+        found[f"on {aim}, sentiment of {aim}"] = accuracy("test", aim, aim, {"": ""})[""]
     return found
 
 
 def unlearning(given: Given, seed: int) -> Figures:
-    negative = [continued(text) for source in ("imdb", "rt") for text, _ in only(texts("train", source), "negative")]
-    random.Random(seed).shuffle(negative)
-    retained = [row["text"] for row in read_rows(str(DATA / "pretrain/validation.jsonl"), "text", 800)]
+    negative = [
+        row for source in ("imdb", "rt") for row in continued(texts("train", source, seed, ROWS // 2, "negative"))
+    ]
+    retained = [row["text"] for row in read_rows(str(DATA / "pretrain/validation.jsonl"), "text", 400)]
     held = {
-        name: write(given.runs / "data" / f"retain_{name}.jsonl", [{"text": text} for text in part])
-        for name, part in (("validation", retained[:400]), ("test", retained[400:]))
+        name: data_file(given, f"retain_{name}", [{"text": text} for text in part])
+        for name, part in (("validation", retained[:200]), ("test", retained[200:]))
     }
     perplexity = {
         "constraints": "perplexity <= 1.05*base", "retain_file": held["validation"], "retain_test_file": held["test"],
@@ -264,11 +305,11 @@ def unlearning(given: Given, seed: int) -> Figures:
             given.runs / "data" / f"prompts_{split}.jsonl",
             read_rows(str(DATA / f"ppo/{split}.jsonl"), "prompt", number),
         )
-        for split, number in (("validation", 192), ("test", 384))
+        for split, number in (("validation", 128), ("test", 256))
     }
     result = searched(
-        given, seed, "negative", {"negative": train(given, seed, "negative", negative[:6000])},
-        expression="-$x*negative", range="x=0:2", objective="vader", also="classifier,repetition", budget=12, grid=9,
+        given, seed, "negative", {"negative": train(given, seed, "negative", negative)},
+        expression="-$x*negative", range="x=0:2", objective="vader", also="classifier,repetition", budget=9, grid=6,
         validation_file=prompts["validation"], test_file=prompts["test"], batch_size=64,
         judge_file=str(DATA / "judge/train.jsonl"), sampling=Sampling(max_new_tokens=40), **perplexity,
     )  # fmt: skip
@@ -286,15 +327,11 @@ def unlearning(given: Given, seed: int) -> Figures:
     harmful = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in train_rows]
     result = searched(
         given, seed, "harmful", {"harmful": train(given, seed, "harmful", harmful, epochs=3)},
-        expression="-$x*harmful", range="x=0:2", objective="accuracy", budget=12, grid=9,
-        validation_file=write(given.runs / "data/pairs_validation.jsonl", validation),
-        test_file=write(given.runs / "data/pairs_test.jsonl", test), **perplexity,
+        expression="-$x*harmful", range="x=0:2", objective="accuracy", budget=9, grid=6,
+        validation_file=data_file(given, "pairs_validation", validation),
+        test_file=data_file(given, "pairs_test", test), **perplexity,
     )  # fmt: skip
     return found | side_by_side(result, ("accuracy",), "dialogue") | {"dialogue: test pairs": float(len(test))}
-
-
-def only(rows: Sequence[tuple[str, str]], label: str) -> list[tuple[str, str]]:
-    return [row for row in rows if row[1] == label]
 
 
 def short_dialogue(row: Mapping) -> dict[str, str] | None:
@@ -332,36 +369,46 @@ FINDINGS: dict[str, tuple[Callable[[Given, int], Figures], tuple[Claim, ...]]] =
     "distribution": (
         distribution,
         (
-            Claim("the exact average beats the halves' mean", "exact average", "mean of the halves"),
-            Claim("so does the factor-wise average", "factor-wise average", "mean of the halves"),
-            Claim("the exact average beats the factor-wise one", "exact average", "factor-wise average"),
-            Claim("the exact average beats training on all", "exact average", "trained on all"),
+            Claim("the exact average beats the halves' mean", "mean of the halves", "exact average"),
+            Claim("the factor-wise average beats the halves' mean", "mean of the halves", "factor-wise average"),
+            Claim("the exact average beats the factor-wise one", "factor-wise average", "exact average"),
+            Claim("the exact sum beats the halves' mean", "mean of the halves", "exact sum"),
+            Claim("the exact average beats training on all", "trained on all", "exact average"),
         ),
     ),
     "initialisation": (
         initialisation,
         (
-            Claim("factor-wise: one start is better", "factor-wise, one start", "factor-wise, two starts"),
-            Claim("exact: one start beats two", "exact, one start", "exact, two starts"),
-            Claim("two starts: exact beats factor-wise", "exact, two starts", "factor-wise, two starts"),
+            Claim("factor-wise: one start beats two", "factor-wise, two starts", "factor-wise, one start"),
+            Claim("exact: one start beats two", "exact, two starts", "exact, one start"),
+            Claim("one start: exact beats factor-wise", "factor-wise, one start", "exact, one start"),
+            Claim("two starts: exact beats factor-wise", "factor-wise, two starts", "exact, two starts"),
         ),
     ),
     "multitask": (
         multitask,
         (
-            Claim("both tasks: the sum beats the sentiment adapter", "searched: mean", "sentiment alone: mean"),
-            Claim("both tasks: the sum beats the origin adapter", "searched: mean", "origin alone: mean"),
-            Claim("both tasks: the sum beats the average", "searched: mean", "average: mean"),
-            Claim("both tasks: the sum beats training on both", "searched: mean", "trained on both: mean"),
-            Claim("sentiment: the sum beats its own adapter", "searched: sentiment", "sentiment alone: sentiment"),
-            Claim("origin: the sum beats its own adapter", "searched: origin", "origin alone: origin"),
+            Claim("both tasks: the searched sum beats the origin adapter", "searched: mean", "origin alone: mean"),
+            Claim("both tasks: the searched sum beats the snippets adapter", "searched: mean", "snippets alone: mean"),
+            Claim("both tasks: the searched sum beats the average", "searched: mean", "average: mean"),
+            Claim("both tasks: the searched sum beats training on both", "searched: mean", "trained on both: mean"),
+            Claim("origin: the searched sum beats its own adapter", "searched: origin", "origin alone: origin"),
+            Claim(
+                "continuation: the searched sum beats its own adapter",
+                "searched: continuation",
+                "snippets alone: continuation",
+            ),
         ),
     ),
     "transfer": (
         transfer,
-        (
-            Claim("to rt: the analogy beats cls_imdb", "on rt: analogy, c searched", "on rt: cls_imdb alone"),
-            Claim("to imdb: the analogy beats cls_rt", "on imdb: analogy, c searched", "on imdb: cls_rt alone"),
+        tuple(
+            Claim(
+                f"to {aim}: the analogy beats the sentiment of {other} alone",
+                f"on {aim}, sentiment of {other}: analogy, c chosen",
+                f"on {aim}, sentiment of {other}: alone",
+            )
+            for aim, other in (("rt", "imdb"), ("imdb", "rt"))
         ),
     ),
     "unlearning": (
