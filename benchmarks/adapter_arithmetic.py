@@ -57,7 +57,7 @@ class Given:
 
 
 def texts(split: str, source: str, seed: int, limit: int, label: str = "") -> list[tuple[str, str]]:
-    """(text, label) of distinct texts, five words or more, from one source of the preference pairs, in a drawn order."""
+    """(text, label) of distinct texts, five words or more, of one source of the preference pairs, in a drawn order."""
     labels: dict[str, set[str]] = {}
     for line in (DATA / "reward" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -112,8 +112,7 @@ def measure(
     given: Given, adapters: Mapping[str, Path], expressions: Mapping[str, str], file: str, what: str
 ) -> Figures:
     """loss: nats per token of the file's completions; accuracy: share of its pairs; by expression."""
-    rows = {name: values for name, values in by_row(given, adapters, expressions, file, what).items()}
-    return {name: float(values.mean()) for name, values in rows.items()}
+    return {name: float(x.mean()) for name, x in by_row(given, adapters, expressions, file, what).items()}
 
 
 def by_row(
@@ -273,15 +272,11 @@ def transfer(given: Given, seed: int) -> Figures:
 
     found: Figures = {}
     for aim, other in (("rt", "imdb"), ("imdb", "rt")):
-
-        def by(c: float) -> str:
-            return f" + {c}*(lm_{aim} - lm_{other})"  # noqa: B023
-
-        grid = accuracy("validation", aim, other, {str(c): by(c) for c in (0.0, 0.25, 0.5, 0.75, 1.0)})
-        c = max(grid, key=lambda c: grid[c])
-        on_test = accuracy(
-            "test", aim, other, {"alone": "", "analogy, c = 1": by(1.0), "analogy, c chosen": by(float(c))}
-        )
+        shifts = {c: f" + {c}*(lm_{aim} - lm_{other})" for c in ("0", "0.25", "0.5", "0.75", "1")}
+        grid = accuracy("validation", aim, other, shifts)
+        c = max(grid, key=grid.__getitem__)
+        reported = {"alone": "", "analogy, c = 1": shifts["1"], "analogy, c chosen": shifts[c]}
+        on_test = accuracy("test", aim, other, reported)
         found |= {f"on {aim}, sentiment of {other}: {name}": value for name, value in on_test.items()}
         found[f"on {aim}: c"] = float(c)
         found[f"on {aim}, sentiment of {aim}"] = accuracy("test", aim, aim, {"": ""})[""]
