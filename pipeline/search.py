@@ -594,7 +594,7 @@ def new_bench(
     if "reward" in asked:
         if not config.reward:
             raise SearchError("reward: say which reward model")
-        same_tokenizer({**folders, "reward": config.reward})
+        same_tokenizer({"base": ground.path, "reward": config.reward})
         reward_model = frozen(load_reward_model(config.reward)).to(device)
     if "classifier" in asked:
         if not config.judge_file:

@@ -18,6 +18,9 @@ from pipeline.data import completion_rows
 from pipeline.expressions import parse, substitute
 from pipeline.fingerprints import of_file
 from pipeline.judges import mean_ci
+from pipeline.models import load_reward_model, new_reward_model, response_logprobs
+from pipeline.rollout import generate
+from pipeline.scoring import reward_model_scores
 from pipeline.search import Constraint, minimise, read_constraints, read_ranges
 from pipeline.trainers import validation_loss
 
@@ -218,6 +221,28 @@ def test_samples_are_drawn_from_the_same_noise_and_kl_from_itself_is_zero(places
     assert trials[0][0]["values"] == {"x": 0.0}
     assert trials[0][0]["figures"]["kl"] == 0
     assert trials[0][2]["figures"]["kl"] > 0.5
+
+
+@pytest.mark.parametrize("places", ["lora"], indirect=True)
+def test_reward_and_kl_are_those_of_the_adapter_alone(places, files, tmp_path, saved, tokenizer):
+    torch.manual_seed(7)
+    model = new_reward_model(saved["gpt2"], tokenizer)
+    model.config.score_shift = 0.37
+    model.save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    dials = {"objective": "reward", "reward": str(tmp_path / "reward"), "reference": "bad", "expression": "$x*good"}
+    config = asked(places, files, tmp_path, **dials, range="x=0:1", grid=2, budget=2, seed=4)
+    trial = json.loads((search.search(config) / "trials.jsonl").read_text().splitlines()[1])
+    base = read_ground(config.base, "CAUSAL_LM").model
+    good, bad = (adapters.on_the_fly(base, places[name]) for name in ("good", "bad"))
+    torch.manual_seed(4)
+    rollout = generate(good, tokenizer, [row["prompt"] for row in ROWS[:18]], config.sampling)
+    rows = (rollout.input_ids, rollout.attention_mask)
+    with torch.no_grad():
+        scores = reward_model_scores(load_reward_model(tmp_path / "reward"), *rows)
+        own, other = (response_logprobs(m, *rows, 8, 1.0, tokenizer.pad_token_id)[0] for m in (good, bad))
+    kl = (own - other).masked_fill(~rollout.response_mask, 0).sum(1)
+    assert trial["figures"] == pytest.approx({"reward": scores.mean().item(), "kl": kl.mean().item()}, rel=1e-4)
 
 
 @pytest.mark.parametrize("places", ["lora"], indirect=True)
