@@ -34,8 +34,9 @@ from pipeline.config import SFT, Adapter, Optim, Run, Sampling, Search
 from pipeline.expressions import parse
 from pipeline.formats import read_rows
 from pipeline.judges import mean_ci, pair_accuracy
+from pipeline.measures import log_likelihoods, measured, new_bench, read_split, weights_of
 from pipeline.report import markdown_table
-from pipeline.search import log_likelihoods, measured, new_bench, read_split, search, weights_of
+from pipeline.search import search
 
 DATA = Path("data/imdb")
 PAGE = Path("docs/adapter-arithmetic.md")

@@ -14,6 +14,7 @@ LAYERS = (
     {"data", "run"},
     {"scoring", "rollout", "trainers", "report", "adapter_files"},
     {"monitor", "adapters"},
+    {"measures"},
     {"search"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )

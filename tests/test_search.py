@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapters, search
+from pipeline import adapters, measures, search
 from pipeline.adapter_files import AdapterError, read_ground
 from pipeline.config import Compose, Sampling, Search, UserError
 from pipeline.data import completion_rows
@@ -266,20 +266,21 @@ def test_accuracy_is_the_share_of_pairs_whose_right_completion_is_likelier(place
 
 @pytest.mark.parametrize("places", ["lora"], indirect=True)
 def test_the_test_rows_are_read_once_and_measured_after_the_choice(places, files, tmp_path, monkeypatch):
-    read, measured = [], []
-    monkeypatch.setattr(search, "read_rows", lambda file, *rest: (read.append(file), READ(file, *rest))[1])
-    monkeypatch.setattr(
-        search, "measured", lambda w, rows, bench: (measured.append((dict(w), rows)), MEASURED(w, rows, bench))[1]
-    )
+    read, seen = [], []
+    own, rows_of = search.measured, measures.read_rows
+
+    def measured(weights, rows, bench):
+        seen.append((json.dumps(weights, sort_keys=True), rows))
+        return own(weights, rows, bench)
+
+    monkeypatch.setattr(measures, "read_rows", lambda file, *rest: (read.append(file), rows_of(file, *rest))[1])
+    monkeypatch.setattr(search, "measured", measured)
     search.search(asked(places, files, tmp_path, constraints="perplexity <= 100*base"))
     assert sorted(read) == sorted(files.values())
-    tests = [number for number, (_, rows) in enumerate(measured) if rows is measured[-1][1]]
-    assert tests == list(range(tests[0], len(measured)))
-    weights = [json.dumps(measured[number][0], sort_keys=True) for number in tests]
+    tests = [number for number, (_, rows) in enumerate(seen) if rows is seen[-1][1]]
+    assert tests == list(range(tests[0], len(seen)))
+    weights = [seen[number][0] for number in tests]
     assert len(set(weights)) == len(weights)
-
-
-READ, MEASURED = search.read_rows, search.measured
 
 
 @pytest.mark.parametrize("places", ["lora"], indirect=True)
@@ -310,7 +311,7 @@ def test_the_interval_of_a_loss_per_token_is_that_of_a_ratio():
     rng = np.random.default_rng(0)
     count = rng.integers(3, 30, 400).astype(float)
     nats = rng.normal(4 * count, np.sqrt(count))
-    found = mean_ci(search.per_token(-nats, count))
+    found = mean_ci(measures.per_token(-nats, count))
     assert found.value == pytest.approx(nats.sum() / count.sum())
     draws = rng.integers(0, 400, (2000, 400))
     spread = (nats[draws].sum(1) / count[draws].sum(1)).std()  # the bootstrap's
