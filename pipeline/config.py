@@ -381,7 +381,7 @@ class Search:
         "what must hold meanwhile: `perplexity <= 1.05*base, kl <= 6`; base is the model without adapters; objectives "
         "and repetition may be named too",
     )
-    also: str = dial("", "comma-separated measures that decide nothing and are reported: as in constraints")
+    also: str = dial("", "comma-separated measures, as in constraints, that decide nothing and are reported")
     validation_file: str = dial("", "`prompt` + `completion` (loss), pairs (accuracy), else `prompt`: " + SOURCES)
     test_file: str = dial("", "rows as in validation_file and none of them; measured once, at the end")
     retain_file: str = dial("", "`text` of the perplexity: " + SOURCES)

@@ -105,14 +105,11 @@ def search(config: Search) -> Path:
     expression = parse(config.expression, folders)
     ranges = read_ranges(config.range, variables(expression))
     constraints = read_constraints(config.constraints)
-    asked = {config.objective, *(constraint.measure for constraint in constraints), *read_measures(config.also)}
-    asked |= {"kl"} if asked & set(SAMPLED) else set()  # what the objective was paid with
+    asked = asked_measures(config, constraints)
     used = dict.fromkeys([*names(expression), *names(parse(config.reference, folders))])
     adapters, ground = read_adapters({name: folders[name] for name in used or folders}, config.base)
     refuse_unmixable(adapters, ground)
-    generated = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens if asked & set(SAMPLED) else 0
-    longest = max(config.max_tokens if asked - set(SAMPLED) else 0, generated)
-    check_model(ground.model, ground.tokenizer, longest, ground.path)
+    check_model(ground.model, ground.tokenizer, longest_row(config, asked), ground.path)
     validation, test = read_splits(config, asked, ground.tokenizer)
     with tempfile.TemporaryDirectory() as made:
         bench = new_bench(config, [expression], adapters, ground, asked, Path(made))
@@ -127,9 +124,8 @@ def search(config: Search) -> Path:
             say(f"search: {told(values)}: {told(found)}{'' if not excess else '  (breaks a constraint)'}")
             return found[config.objective] * (1 if config.objective == "loss" else -1), excess
 
-        best = minimise(
-            trial, list(ranges.values()), config.grid or (config.budget + 1) // 2, config.budget, config.seed
-        )
+        grid = config.grid or (config.budget + 1) // 2
+        best = minimise(trial, list(ranges.values()), grid, config.budget, config.seed)
         chosen = next(t for t in trials if tuple(t.values.values()) == best)
         if chosen.excess:
             raise SearchError(
@@ -137,7 +133,7 @@ def search(config: Search) -> Path:
                 f"{told(chosen.values)}, has {told(chosen.figures)} (base: {told(base)}): widen range or constraints"
             )
         found = substitute(expression, chosen.values)
-        report = tested(found, expression, list(adapters), constraints, test, bench)
+        report = tested(found, expression, constraints, test, bench)
     result: dict[str, Any] = {
         "expression": str(expression),
         "ranges": ranges,
@@ -151,9 +147,7 @@ def search(config: Search) -> Path:
         "test": report,
         "adapters": {name: dict(adapter.sha256) for name, adapter in adapters.items()},
         "base": ground.fingerprint,
-        "files": {
-            dial: fingerprint(source) for dial, source in flat(config).items() if dial.endswith("file") and source
-        },
+        "files": {dial: fingerprint(at) for dial, at in flat(config).items() if dial.endswith("_file") and at},
         "dials": flat(config),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "scipy")},
     }
@@ -172,7 +166,6 @@ def search(config: Search) -> Path:
 def tested(
     found: Expression,
     expression: Expression,
-    adapters: Sequence[str],
     constraints: Sequence[Constraint],
     test: Rows,
     bench: Bench,
@@ -183,8 +176,8 @@ def tested(
     every |= {
         f"all variables {n}": substitute(expression, dict.fromkeys(variables(expression), float(n))) for n in (0, 1)
     }
-    every |= {"average": parse(f"avg({', '.join(adapters)})")}
-    every |= {f"{name} alone": Name(name) for name in adapters} | {"base": parse("base")}
+    every |= {"average": parse(f"avg({', '.join(names(expression))})")}
+    every |= {f"{name} alone": Name(name) for name in names(expression)} | {"base": parse("base")}
     rows: dict[str, dict[str, Array]] = {}
     for name, candidate in every.items():
         weights = weights_of(candidate)
@@ -313,6 +306,25 @@ def read_measures(text: str, dial: str = "also") -> list[str]:
             expected = f"expected one of {', '.join(MEASURED)}"
             raise SearchError(f"{dial}: '{name}' is not measured{nearest(name, MEASURED)}; {expected}")
     return found
+
+
+def asked_measures(config: Search, constraints: Sequence[Constraint]) -> set[str]:
+    """The objective, what the constraints and `also` name, and what a file or model was given for; kl, what samples
+    were paid with, wherever there are samples."""
+    asked = {config.objective, *(constraint.measure for constraint in constraints), *read_measures(config.also)}
+    given = {
+        "perplexity": config.retain_file or config.retain_test_file,
+        "reward": config.reward,
+        "classifier": config.judge_file,
+    }
+    asked |= {measure for measure, place in given.items() if place}
+    return asked | ({"kl"} if asked & set(SAMPLED) else set())
+
+
+def longest_row(config: Search, asked: set[str]) -> int:
+    """Tokens that the base's context must hold."""
+    written = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+    return max(config.max_tokens if asked - set(SAMPLED) else 0, written if asked & set(SAMPLED) else 0)
 
 
 def read_constraints(text: str) -> list[Constraint]:
