@@ -30,7 +30,7 @@ import numpy as np
 
 from pipeline import sft
 from pipeline.adapter_files import read_adapters
-from pipeline.config import SFT, Adapter, Optim, Run, Sampling, Search
+from pipeline.config import SFT, Adapter, Optim, Run, Search
 from pipeline.expressions import parse
 from pipeline.formats import read_rows
 from pipeline.judges import mean_ci, pair_accuracy
@@ -285,49 +285,63 @@ def transfer(given: Given, seed: int) -> Figures:
 
 
 def unlearning(given: Given, seed: int) -> Figures:
-    negative = [
-        row for source in ("imdb", "rt") for row in continued(texts("train", source, seed, ROWS // 2, "negative"))
-    ]
-    retained = [row["text"] for row in read_rows(str(DATA / "pretrain/validation.jsonl"), "text", 400)]
-    held = {
-        name: data_file(given, f"retain_{name}", [{"text": text} for text in part])
-        for name, part in (("validation", retained[:200]), ("test", retained[200:]))
-    }
-    perplexity = {
-        "constraints": "perplexity <= 1.05*base", "retain_file": held["validation"], "retain_test_file": held["test"],
-    }  # fmt: skip
-    prompts = {
-        split: write(
-            given.runs / "data" / f"prompts_{split}.jsonl",
-            read_rows(str(DATA / f"ppo/{split}.jsonl"), "prompt", number),
+    """An adapter of negative reviews, subtracted from the base: all of it, and less what it shares with all reviews."""
+    kinds = {"negative": "negative", "reviews": ""}
+    adapters = {
+        name: train(
+            given, seed, name,
+            [row for source in ("imdb", "rt") for row in continued(texts("train", source, seed, ROWS // 2, label))],
         )
+        for name, label in kinds.items()
+    }  # fmt: skip
+    retained = [{"text": row["text"]} for row in read_rows(str(DATA / "pretrain/validation.jsonl"), "text", 200)]
+    prompts = {
+        split: data_file(given, f"prompts_{split}", read_rows(str(DATA / f"ppo/{split}.jsonl"), "prompt", number))
         for split, number in (("validation", 128), ("test", 256))
     }
-    result = searched(
-        given, seed, "negative", {"negative": train(given, seed, "negative", negative)},
-        expression="-$x*negative", range="x=0:2", objective="vader", also="classifier,repetition", budget=9, grid=6,
-        validation_file=prompts["validation"], test_file=prompts["test"], batch_size=64,
-        judge_file=str(DATA / "judge/train.jsonl"), sampling=Sampling(max_new_tokens=40), **perplexity,
-    )  # fmt: skip
-    found = side_by_side(result, ("vader", "classifier", "repetition", "kl"), "reviews")
+    common: dict[str, Any] = {
+        "constraints": "perplexity <= 1.05*base", "budget": 7, "grid": 5,
+        "retain_file": data_file(given, "retain_validation", retained[:100]),
+        "retain_test_file": data_file(given, "retain_test", retained[100:]),
+    }  # fmt: skip
+    sampled: dict[str, Any] = {
+        "objective": "classifier", "also": "vader,repetition", "judge_file": str(DATA / "judge/train.jsonl"),
+        "validation_file": prompts["validation"], "test_file": prompts["test"],
+    }  # fmt: skip
+    judges = ("classifier", "vader", "repetition", "kl")
+    found: Figures = {}
+    for what, expression, most in (("negated", "-$x*negative", 1), ("difference", "$x*(reviews - negative)", 3)):
+        used = {name: folder for name, folder in adapters.items() if name in expression}
+        result = searched(given, seed, what, used, expression=expression, range=f"x=0:{most}", **sampled, **common)
+        found |= subtracted(result, judges, f"reviews, {what}")
     if not given.pairs:
         return found
     rows = [short_dialogue(row) for row in read_rows(given.pairs, "pair", bad_rows="drop")]
-    rows = [row for row in {row["prompt"]: row for row in rows if row is not None}.values()]
+    rows = list({row["prompt"]: row for row in rows if row is not None}.values())
     random.Random(0).shuffle(rows)
-    train_rows, validation, test = (
-        rows[: -2 * len(rows) // 3],
-        rows[-2 * len(rows) // 3 : -len(rows) // 3],
-        rows[-len(rows) // 3 :],
-    )
-    harmful = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in train_rows]
+    held_out = len(rows) // 4
+    files = {
+        split: data_file(given, f"pairs_{split}", part)
+        for split, part in (("test", rows[:held_out]), ("validation", rows[held_out : 2 * held_out]))
+    }
+    learnt = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in rows[2 * held_out :]]
     result = searched(
-        given, seed, "harmful", {"harmful": train(given, seed, "harmful", harmful, epochs=3)},
-        expression="-$x*harmful", range="x=0:2", objective="accuracy", budget=9, grid=6,
-        validation_file=data_file(given, "pairs_validation", validation),
-        test_file=data_file(given, "pairs_test", test), **perplexity,
+        given, seed, "harmful", {"harmful": train(given, seed, "harmful", learnt, epochs=3)},
+        expression="-$x*harmful", range="x=0:1", objective="accuracy", validation_file=files["validation"],
+        test_file=files["test"], **common,
     )  # fmt: skip
-    return found | side_by_side(result, ("accuracy",), "dialogue") | {"dialogue: test pairs": float(len(test))}
+    return found | subtracted(result, ("accuracy",), "dialogue")
+
+
+def subtracted(result: Mapping[str, Any], measures: Sequence[str], what: str) -> Figures:
+    """The test figures of a search of one variable: of the base, of what was found, and of the variable at 1."""
+    kinds = {"base": "base", "chosen": "chosen", "x = 1": "all variables 1"}
+    rows = {name: result["test"][kind]["figures"] for name, kind in kinds.items()}
+    found = {f"{what}: {name}, {m}": row[m]["value"] for m in measures for name, row in rows.items()}
+    for name in ("chosen", "x = 1"):
+        ratio = rows[name]["perplexity"]["value"] / rows["base"]["perplexity"]["value"]
+        found[f"{what}: {name}, perplexity ratio"] = ratio
+    return found | {f"{what}: x": result["chosen"]["x"]}
 
 
 def short_dialogue(row: Mapping) -> dict[str, str] | None:
@@ -339,17 +353,6 @@ def short_dialogue(row: Mapping) -> dict[str, str] | None:
     if max(len(f"{question} {answer}".split()) for answer in answers.values()) > LONGEST:
         return None
     return {"prompt": f"{question} Answer:"} | {side: f" {answer.strip()}" for side, answer in answers.items()}
-
-
-def side_by_side(result: dict, measures: Sequence[str], what: str) -> Figures:
-    """The test figures of the base and of what was found, of a search of one variable."""
-    rows = {"base": result["test"]["base"]["figures"], "subtracted": result["test"]["chosen"]["figures"]}
-    rows["added"] = next(row["figures"] for name, row in result["test"].items() if name.endswith("alone"))
-    found = {f"{what}: {name}, {m}": row[m]["value"] for m in measures for name, row in rows.items()}
-    for name in ("subtracted", "added"):
-        ratio = rows[name]["perplexity"]["value"] / rows["base"]["perplexity"]["value"]
-        found[f"{what}: {name}, perplexity ratio"] = ratio
-    return found | {f"{what}: weight": result["chosen"]["x"]}
 
 
 @dataclass(frozen=True)
@@ -410,14 +413,20 @@ FINDINGS: dict[str, tuple[Callable[[Given, int], Figures], tuple[Claim, ...]]] =
     "unlearning": (
         unlearning,
         (
-            Claim("reviews: VADER rises", "reviews: subtracted, vader", "reviews: base, vader"),
-            Claim("reviews: the other judge rises", "reviews: subtracted, classifier", "reviews: base, classifier"),
-            Claim("reviews: perplexity is held", "1.05", "reviews: subtracted, perplexity ratio"),
-            Claim("dialogue: accuracy rises", "dialogue: subtracted, accuracy", "dialogue: base, accuracy"),
-            Claim("dialogue: perplexity is held", "1.05", "dialogue: subtracted, perplexity ratio"),
+            *(
+                Claim(text.format(what), f"{what}: {more}" if more != "1.05" else more, f"{what}: {less}")
+                for what in ("reviews, negated", "reviews, difference")
+                for text, more, less in (
+                    ("{}: judge 2 rises", "chosen, classifier", "base, classifier"),
+                    ("{}: VADER rises", "chosen, vader", "base, vader"),
+                    ("{}: perplexity is held", "1.05", "chosen, perplexity ratio"),
+                )
+            ),
+            Claim("dialogue: accuracy rises", "dialogue: chosen, accuracy", "dialogue: base, accuracy"),
+            Claim("dialogue: perplexity is held", "1.05", "dialogue: chosen, perplexity ratio"),
         ),
     ),
-}  # fmt: skip
+}
 BOUNDS = {"1.05": 1.05}
 """Figures of claims that nothing measures."""
 
