@@ -232,7 +232,7 @@ def labelled(
 
 
 def refuse_unmixable(adapters: Mapping[str, Adapter], ground: Ground) -> None:
-    """AdapterError for what side by side is not the sum."""
+    """AdapterError for what side by side is not the sum, AlgebraError for adapters that cannot be added at all."""
     if ground.task != "CAUSAL_LM":
         raise AdapterError(f"adapters: task_type: {ground.task}; a search measures language models")
     for name, adapter in adapters.items():
@@ -241,6 +241,7 @@ def refuse_unmixable(adapters: Mapping[str, Adapter], ground: Ground) -> None:
                 f"adapter '{name}': modules_to_save: it has whole trained layers ({', '.join(adapter.heads)}), which "
                 "have no weight to search for"
             )
+    algebra.add([(name, 1.0, adapter.update) for name, adapter in adapters.items()])
 
 
 def new_bench(

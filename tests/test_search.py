@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import adapters, measures, search
@@ -306,6 +308,19 @@ def test_what_cannot_be_searched_is_refused_and_nothing_is_written(places, files
     with pytest.raises(UserError, match=message):
         search.search(asked(places, files, tmp_path, **{"constraints": "perplexity <= 9*base", **given}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("places", ["ia3"], indirect=True)
+def test_vectors_of_different_places_are_refused(places, files, tmp_path):
+    folder = tmp_path / "outputs"
+    shutil.copytree(places["bad"], folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": ["k_proj"]}
+    tensors = {key: x for key, x in load_file(folder / "adapter_model.safetensors").items() if "k_proj" in key}
+    save_file({key: x.flatten().reshape(1, -1) for key, x in tensors.items()}, folder / "adapter_model.safetensors")
+    config |= {"feedforward_modules": ["k_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"adapter 'bad': .*k_proj: .*its input"):
+        search.search(asked({**places, "bad": folder}, files, tmp_path))
 
 
 def test_the_interval_of_a_loss_per_token_is_that_of_a_ratio():
