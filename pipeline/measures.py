@@ -30,7 +30,7 @@ from pipeline.judges import Classifier, Estimate, Vader, mean_ci, pair_accuracy,
 from pipeline.losses import next_token_loss
 from pipeline.models import Policy, frozen, load_reward_model, response_logprobs, same_tokenizer
 from pipeline.process import new_accelerator, say
-from pipeline.rollout import generate
+from pipeline.rollout import fitting_prompts, generate
 from pipeline.scoring import fitted_judge, reward_model_scores
 
 Array = NDArray[np.float64]
@@ -205,7 +205,7 @@ def read_split(file: str, retained: str, config: Search, asked: set[str], tokeni
     texts = read_rows(retained, "text", config.rows, config.bad_rows, config.seed) if retained else []
     whole = labelled(tokenizer, [""] * len(texts), [row["text"] for row in texts]) if texts else []
     return Rows(
-        prompts=prompts if asked & set(SAMPLED) else [],
+        prompts=fitting_prompts(prompts, tokenizer, config.sampling, file) if asked & set(SAMPLED) else [],
         completions=fitting,
         chosen=[row[0] for row in short],
         rejected=[row[1] for row in short],

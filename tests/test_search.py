@@ -300,6 +300,10 @@ def test_the_test_rows_are_read_once_and_measured_after_the_choice(places, files
         ({"max_tokens": 5}, "raise it"),
         ({"max_tokens": 65}, "its context is 64 tokens"),
         ({"objective": "reward"}, "say which reward model"),
+        (
+            {"objective": "vader", "sampling": Sampling(max_prompt_tokens=9, long_prompts="error")},
+            "longer than 9 tokens",
+        ),
         ({"objective": "classifier"}, "judge_file: say which rows"),
     ],
 )
