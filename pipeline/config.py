@@ -395,6 +395,53 @@ class Verify:
     sampling: Sampling = Sampling()
 
 
+MEASURES = ("loss", "accuracy", "reward", "vader", "classifier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Numbers for an expression's variables, found without training: `search "sft + $x*good" --range x=0:1.5`."""
+
+    expression: str = dial("", "sum of adapters with $variables (docs/adapter-arithmetic.md); stands first, unnamed")
+    adapters: str = dial("", "what the names mean: name=folder,name=folder")
+    range: str = dial("", "where each variable may lie: x=0:1.5,y=-1:1")
+    out: str = dial("", "folder to write, not there yet")
+    base: str = dial("", BASE)
+    objective: str = dial(
+        "loss",
+        "what is made best: loss of completions (nats per token), accuracy (the chosen of a pair is the likelier), or "
+        "of sampled responses the reward model's score, VADER's compound or the fitted classifier's P(positive)",
+        choices=MEASURES,
+    )
+    constraints: str = dial(
+        "",
+        "what must hold meanwhile: `perplexity <= 1.05*base, kl <= 6`; base is the model without adapters; objectives "
+        "and repetition may be named too",
+    )
+    also: str = dial("", "comma-separated measures, as in constraints, that decide nothing and are reported")
+    validation_file: str = dial("", "`prompt` + `completion` (loss), pairs (accuracy), else `prompt`: " + SOURCES)
+    test_file: str = dial("", "rows as in validation_file and none of them; measured once, at the end")
+    retain_file: str = dial("", "`text` of the perplexity: " + SOURCES)
+    retain_test_file: str = dial("", "rows as in retain_file and none of them; measured once, at the end")
+    reference: str = dial("base", "expression that kl is measured from: the policy before alignment")
+    reward: str = dial("", "reward model, for the objective reward")
+    judge_file: str = dial("", "the classifier is fitted to these rows: " + JUDGED)
+    rows: int = dial(0, "use the first n rows of each file; 0: all", low=0)
+    max_tokens: int = dial(128, "longest row; a longer one is left out, of retain_file cut", low=4)
+    budget: int = dial(25, "trials at most", low=1)
+    grid: int = dial(0, "how many of them lie on a grid, the others where it was best; 0: half of them", low=0)
+    batch_size: int = dial(64, "sequences per forward", low=1)
+    bad_rows: str = dial(
+        "error", "a row that cannot be used stops it, or is left out and counted", choices=("error", "drop")
+    )
+    seed: int = dial(0, "seed of sampling, the same noise in every trial", low=0)
+    sampling: Sampling = Sampling()
+
+    def check(self) -> None:
+        if self.grid > self.budget:
+            raise ConfigError(f"grid ({self.grid}) is more than budget ({self.budget}); lower grid or raise budget")
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     run: Run = Run()
@@ -428,7 +475,7 @@ class Chat:
 
 
 Config = TypeVar("Config", Pretrain, SFT, Reward, PPO, Merge, Evaluate, Chat)
-Command = TypeVar("Command", Compose, Verify, Inspect, MergeAdapter)
+Command = TypeVar("Command", Compose, Verify, Inspect, MergeAdapter, Search)
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -162,8 +162,14 @@ def read_prompts(
     """The sources' prompts; those longer than max_prompt_tokens treated as `long_prompts` says, and counted."""
     rows = read_rows(source, "prompt", limit, config.run.bad_rows, config.run.seed)
     with_chat_template(tokenizer, rows)
-    prompts = [row["prompt"] for row in rows]
-    most, policy = config.sampling.max_prompt_tokens, config.sampling.long_prompts
+    return fitting_prompts([row["prompt"] for row in rows], tokenizer, config.sampling, source)
+
+
+def fitting_prompts(
+    prompts: list[Text], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, source: str
+) -> list[Text]:
+    """The prompts, those longer than max_prompt_tokens treated as `long_prompts` says."""
+    most, policy = sampling.max_prompt_tokens, sampling.long_prompts
     longer = [len(ids) > most for ids in prompt_ids(tokenizer, prompts)]
     if not any(longer):
         return prompts

@@ -3,24 +3,25 @@
 python stages/merge.py --config configs/imdb/merge.yaml
 accelerate launch stages/merge.py --seed 1
 python stages/merge.py compose "sft + 0.5*good" --adapters sft=runs/a/sft/final,good=some/folder --out runs/x/composed
+python stages/merge.py search "sft + $x*good" --range x=0:1.5 --adapters … --out runs/x/search
 python stages/merge.py inspect | verify | merge runs/x/composed   (docs/adapter-arithmetic.md)
 """
 
 import sys
 
-from pipeline.config import Compose, Inspect, Merge, MergeAdapter, Verify, parse, parse_command
+from pipeline.config import Compose, Inspect, Merge, MergeAdapter, Search, Verify, parse, parse_command
 
-COMMANDS = {"compose": Compose, "verify": Verify, "inspect": Inspect, "merge": MergeAdapter}
+COMMANDS = {"compose": Compose, "verify": Verify, "inspect": Inspect, "merge": MergeAdapter, "search": Search}
 
 
 def main() -> None:
     command, *rest = sys.argv[1:] or [""]
     if command in COMMANDS:
         dials = parse_command(COMMANDS[command], f"stages/merge.py {command}", rest)  # before torch is imported
-        from pipeline import adapters
+        from pipeline import adapters, search
         from pipeline.process import stage_main
 
-        stage_main(getattr(adapters, command), dials)
+        stage_main(getattr(search if command == "search" else adapters, command), dials)
         return
     config = parse(Merge)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import merge

@@ -14,7 +14,8 @@ LAYERS = (
     {"data", "run"},
     {"scoring", "rollout", "trainers", "report", "adapter_files"},
     {"monitor", "adapters"},
-    {"keeping"},
+    {"keeping", "measures"},
+    {"search"},
     {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
