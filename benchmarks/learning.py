@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import ppo, pretrain
 from pipeline.config import PPO, Adapter, Optim, Pretrain, Run, Sampling
 from pipeline.judges import mean_ci
-from pipeline.models import load_tokenizer
 from pipeline.report import markdown_table
+from pipeline.tokenizing import load_tokenizer
 
 Graph = list[list[int]]  # the nodes to which each node leads
 

@@ -39,7 +39,8 @@ def make_parents(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from pipeline.config import Adapter
-    from pipeline.models import new_reward_model, save_policy, save_with_base, train_tokenizer, with_adapter
+    from pipeline.models import new_reward_model, save_policy, save_with_base, with_adapter
+    from pipeline.tokenizing import train_tokenizer
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer("bpe", ["a few words"], 300)
@@ -82,10 +83,12 @@ def ppo_with(reward: str, folder: Path, checkpointing: bool) -> None:
     from accelerate import Accelerator
 
     from pipeline import ppo
+    from pipeline.actor_critic import ActorCritic, ValueHead, load_reward
     from pipeline.config import PPO, Adapter, Sampling
-    from pipeline.models import ActorCritic, ValueHead, load_policy, load_reward, load_tokenizer
+    from pipeline.models import load_policy
     from pipeline.rollout import Rollout, generate, to_experience
     from pipeline.tensors import identity, response_mask
+    from pipeline.tokenizing import load_tokenizer
 
     config = PPO(
         sampling=Sampling(max_new_tokens=RESPONSE, max_prompt_tokens=PROMPT), rollout_batch=ROWS, micro_batch=ROWS,

@@ -31,18 +31,10 @@ from transformers.pytorch_utils import Conv1D
 from pipeline import fingerprints
 from pipeline.algebra import Factors, Scales, Update, factors, has_bias, kind
 from pipeline.config import UserError, nearest
-from pipeline.models import (
-    ATTENTION,
-    ModelError,
-    first_line,
-    frozen,
-    load_language_model,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    without_dropout,
-)
+from pipeline.models import ATTENTION, frozen, load_language_model, without_dropout
 from pipeline.roles import PREFIX, weights_fingerprint
 from pipeline.run import verify
+from pipeline.tokenizing import ModelError, first_line, load_tokenizer, tokenizer_fingerprint
 
 CONFIG, WEIGHTS, LINEAGE = "adapter_config.json", "adapter_model.safetensors", "composition.json"
 TASKS = ("CAUSAL_LM", "SEQ_CLS")

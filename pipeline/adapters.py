@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import algebra
+from pipeline.actor_critic import response_logprobs
 from pipeline.adapter_files import (
     CONFIG,
     DTYPES,
@@ -55,11 +56,12 @@ from pipeline.data import decode, prompt_batch, with_chat_template
 from pipeline.expressions import Call, Expression, Name, names, parse, variables, weighted
 from pipeline.formats import Text, read_rows, shown
 from pipeline.judges import Vader, text_statistics
-from pipeline.models import Policy, frozen, response_logprobs, save_policy, tokenizer_fingerprint
+from pipeline.models import Policy, frozen, save_policy
 from pipeline.process import quiet, say
 from pipeline.rollout import generate
 from pipeline.scoring import fitted_judge
 from pipeline.tensors import position_ids
+from pipeline.tokenizing import tokenizer_fingerprint
 
 PROBES = 32  # prompts
 TOLERANCE = 1e-5  # of the largest logit, fp32

@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from pipeline.config import Chat, Sampling
 from pipeline.data import decode
 from pipeline.formats import Text
-from pipeline.models import Policy, base_of, check_model, frozen, load_language_model, same_tokenizer
+from pipeline.models import Policy, base_of, check_model, frozen, load_language_model
 from pipeline.process import console, processes, quiet
 from pipeline.rollout import generate
 from pipeline.run import read_done
+from pipeline.tokenizing import same_tokenizer
 
 HELP = """Every policy answers from the same noise and remembers what was said. /new starts over, an empty line ends."""
 

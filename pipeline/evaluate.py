@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.actor_critic import response_logprobs
 from pipeline.config import Evaluate, Sampling
 from pipeline.data import decode
 from pipeline.formats import Text, shown
@@ -26,19 +27,13 @@ from pipeline.judges import (
     text_statistics,
     win_rate_ci,
 )
-from pipeline.models import (
-    check_model,
-    frozen,
-    load_language_model,
-    load_reward_model,
-    response_logprobs,
-    same_tokenizer,
-)
+from pipeline.models import check_model, frozen, load_language_model, load_reward_model
 from pipeline.process import autocast, new_accelerator, quiet
 from pipeline.report import show, write
 from pipeline.rollout import Rollout, generate, read_prompts
 from pipeline.run import StageRun
 from pipeline.scoring import fitted_judge, reward_model_scores
+from pipeline.tokenizing import same_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,28 @@
-"""What PPO keeps while it trains: what a run that was cut off goes on with."""
+"""What PPO keeps: the best policy so far, what a run that was cut off goes on with, and what is written in the end."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from pipeline.actor_critic import ActorCritic, Critic, ValueHead
 from pipeline.checkpoints import Checkpoint, load_training, save_training
-from pipeline.monitor import Evaluation
-from pipeline.process import is_main
+from pipeline.config import PPO
+from pipeline.models import base_of, in_full, save_policy
+from pipeline.monitor import Evaluation, alarm
+from pipeline.process import is_main, say
+from pipeline.roles import CRITIC, REFERENCE, trunk_fingerprint
 from pipeline.run import StageRun
+from pipeline.shards import filled, whole_weights
 
 BEST = "best.safetensors"
 
@@ -26,6 +35,31 @@ class Progress:
     history: list[Evaluation]
     skipped: int  # optimiser steps in a row whose gradient was not finite
     kl_coef: float  # of the next rollout
+
+
+def evaluated(
+    stage: StageRun, step: int, found: Evaluation, actor_critic: ActorCritic, history: list[Evaluation]
+) -> Evaluation:
+    """Logs an evaluation and eight of its samples; returns it with the weights when it is the best so far.
+
+    Then those of the best before it are let go. The weights are in ordinary memory, of the main process alone.
+    """
+    if not all(math.isfinite(value) for value in found.metrics.values()):
+        raise FloatingPointError(f"ppo: evaluation at rollout {step} is not finite: {found.metrics}")
+    stage.log(step, found.metrics)
+    if found.metrics["eval_eos_share"] == 0:
+        say(
+            f"ppo: no response of the evaluation at rollout {step} ended by itself: all were cut at max_new_tokens and "
+            "have missing_eos_score for their score, unless that is none. Raise max_new_tokens, or train SFT on "
+            "completions that end"
+        )
+    stage.sample([{"step": step, **row} for row in found.samples[:8]], step)
+    is_best = all(found.reward > before.reward for before in history)
+    trained = {name for name, p in actor_critic.named_parameters() if p.requires_grad}
+    weights = whole_weights(actor_critic, trained, "cpu") if is_best else {}
+    if is_best:
+        history[:] = [replace(before, weights={}) for before in history]
+    return replace(found, step=step, weights=weights if is_main() else {})
 
 
 def checkpoint(
@@ -68,3 +102,57 @@ def resumed(
         best = max(range(len(history)), key=lambda number: history[number].reward)
         history[best].weights.update(load_file(found.folder / BEST))
     return Progress(found.step, history, state["skipped"], state["kl_coef"])
+
+
+def keep(
+    history: Sequence[Evaluation], actor_critic: ActorCritic, empty: ActorCritic | None, config: PPO
+) -> tuple[ActorCritic, dict[str, Any]]:
+    """The module with the weights to be kept, whole, and the metrics of their evaluation.
+
+    Those of the best evaluation by reward, or of the last rollout when `keep` says so and no alarm was raised.
+    """
+    if empty is not None:
+        actor_critic = filled(empty, whole_weights(actor_critic))
+    wrong, last = alarm(history, config), history[-1]
+    kept = max(history, key=lambda found: found.reward) if wrong or config.keep == "best" else last
+    if wrong:
+        say(f"ppo: stopped at rollout {last.step}: {wrong}; back to rollout {kept.step}, the best so far")
+    if kept is not last and is_main():  # which alone will write them
+        actor_critic.load_state_dict(kept.weights, strict=False)
+    score, kl = kept.metrics["eval_score"], kept.metrics["eval_kl"]
+    say(f"ppo: kept rollout {kept.step}: validation score {score:+.2f}, KL {kl:.2f} nats per response")
+    return actor_critic, {**kept.metrics, "kept_rollout": kept.step, "stopped": wrong}
+
+
+def origins(actor_critic: ActorCritic) -> dict[str, str]:
+    """What each role started from and stands on, for DONE.json."""
+    policy, critic = actor_critic.policy, actor_critic.critic
+    is_adapter = isinstance(critic, ValueHead) and critic.role == CRITIC
+    found = {
+        "policy": "all of SFT's weights",
+        "reference": "a frozen copy",
+        "critic": "a model of its own" if isinstance(critic, Critic) else "a head on the policy",
+        "reward": "a model or function of its own",
+    }
+    if not isinstance(policy, PeftModel):
+        return found
+    is_copy, on_base = REFERENCE in policy.peft_config, "an adapter on the base"
+    return found | {
+        "base": trunk_fingerprint(in_full(base_of(policy))),
+        "policy": "a copy of SFT's adapter" if is_copy else "a new adapter on SFT",
+        "reference": "SFT's adapter" if is_copy else "the base",
+        "critic": on_base if is_adapter else found["critic"],
+        "reward": found["reward"] if actor_critic.reward is None else on_base,
+    }
+
+
+def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The policy at the top of the folder and the critic in `critic/`; both load with `from_pretrained`.
+
+    Raises FloatingPointError for a weight that is not finite: nothing of it is ever finished.
+    """
+    for name, parameter in actor_critic.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"ppo: {name} is not finite after training; nothing was written")
+    save_policy(actor_critic.policy, tokenizer, folder)
+    actor_critic.save_critic(folder / "critic")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import algebra
+from pipeline.actor_critic import response_logprobs
 from pipeline.adapter_files import Adapter, AdapterError, Ground, write_adapter
 from pipeline.adapters import Mixture
 from pipeline.config import Search, UserError
@@ -28,10 +29,11 @@ from pipeline.expressions import Call, Expression, parse, parts, variables, weig
 from pipeline.formats import Text, read_rows
 from pipeline.judges import Classifier, Estimate, Vader, mean_ci, pair_accuracy, share_ci, word_repetition
 from pipeline.losses import next_token_loss
-from pipeline.models import Policy, frozen, load_reward_model, response_logprobs, same_tokenizer
+from pipeline.models import Policy, frozen, load_reward_model
 from pipeline.process import new_accelerator, say
 from pipeline.rollout import fitting_prompts, generate
 from pipeline.scoring import fitted_judge, reward_model_scores
+from pipeline.tokenizing import same_tokenizer
 
 Array = NDArray[np.float64]
 Weights = Mapping[str, float]

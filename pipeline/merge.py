@@ -10,9 +10,10 @@ from pipeline.adapters import PROBES, TOLERANCE, probe
 from pipeline.config import Merge, UserError
 from pipeline.data import with_chat_template
 from pipeline.formats import read_rows
-from pipeline.models import load_tokenizer, merge_adapter, save_policy, without_dropout
+from pipeline.models import merge_adapter, save_policy, without_dropout
 from pipeline.process import quiet, say
 from pipeline.run import StageRun
+from pipeline.tokenizing import load_tokenizer
 
 
 def train(config: Merge) -> Path:

@@ -9,7 +9,6 @@ Policy and critic are one module with one optimiser, prepared once. Each mean di
 over all micro-batches and processes of the optimiser step, so neither changes the mathematics.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,36 +26,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.actor_critic import ActorCritic, Critic, ValueHead, load_reward, response_logprobs
 from pipeline.advantages import adapted_kl_coef
 from pipeline.config import PPO, Sampling, UserError, exact
 from pipeline.formats import Text
 from pipeline.judges import Vader
-from pipeline.keeping import Progress, checkpoint, resumed
+from pipeline.keeping import Progress, checkpoint, evaluated, keep, origins, resumed, save
 from pipeline.losses import policy_loss, value_loss
-from pipeline.models import (
-    ActorCritic,
-    Critic,
-    Policy,
-    ValueHead,
-    base_of,
-    check_model,
-    frozen,
-    in_full,
-    load_policy,
-    load_reward,
-    new_classifier,
-    response_logprobs,
-    same_tokenizer,
-    save_policy,
-)
-from pipeline.monitor import EVALUATED, Evaluation, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
-from pipeline.process import autocast, is_main, new_accelerator, processes, quiet, say
-from pipeline.roles import CRITIC, REFERENCE, REWARD, add_role, config_of, copy_role, trunk_fingerprint
+from pipeline.models import Policy, base_of, check_model, frozen, load_policy, new_classifier
+from pipeline.monitor import EVALUATED, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
+from pipeline.process import autocast, new_accelerator, processes, quiet, say
+from pipeline.roles import CRITIC, REFERENCE, REWARD, add_role, config_of, copy_role
 from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
 from pipeline.run import StageRun
 from pipeline.scoring import fitted_judge, reward_model_scores, role_scores
-from pipeline.shards import empty_copy, filled, gathering_cost, has_engine, in_pieces, whole, whole_weights
+from pipeline.shards import empty_copy, gathering_cost, has_engine, in_pieces, whole
 from pipeline.tensors import masked_mean
+from pipeline.tokenizing import same_tokenizer
 
 EXTREMES = {"ratio_min": torch.amin, "ratio_max": torch.amax}  # of an update, where all else is a mean
 MOST_SKIPPED = 5  # optimiser steps in a row without a finite gradient before the run is stopped
@@ -395,82 +381,3 @@ def ppo_loss(
         "ratio_max": policy_stats["ratio"].masked_fill(~mask, 0).max(),
     }
     return loss, {name: value.detach() for name, value in means.items()}
-
-
-def evaluated(
-    stage: StageRun, step: int, found: Evaluation, actor_critic: ActorCritic, history: list[Evaluation]
-) -> Evaluation:
-    """Logs an evaluation and eight of its samples; returns it with the weights when it is the best so far.
-
-    Then those of the best before it are let go. The weights are in ordinary memory, of the main process alone.
-    """
-    if not all(math.isfinite(value) for value in found.metrics.values()):
-        raise FloatingPointError(f"ppo: evaluation at rollout {step} is not finite: {found.metrics}")
-    stage.log(step, found.metrics)
-    if found.metrics["eval_eos_share"] == 0:
-        say(
-            f"ppo: no response of the evaluation at rollout {step} ended by itself: all were cut at max_new_tokens and "
-            "have missing_eos_score for their score, unless that is none. Raise max_new_tokens, or train SFT on "
-            "completions that end"
-        )
-    stage.sample([{"step": step, **row} for row in found.samples[:8]], step)
-    is_best = all(found.reward > before.reward for before in history)
-    trained = {name for name, p in actor_critic.named_parameters() if p.requires_grad}
-    weights = whole_weights(actor_critic, trained, "cpu") if is_best else {}
-    if is_best:
-        history[:] = [replace(before, weights={}) for before in history]
-    return replace(found, step=step, weights=weights if is_main() else {})
-
-
-def keep(
-    history: Sequence[Evaluation], actor_critic: ActorCritic, empty: ActorCritic | None, config: PPO
-) -> tuple[ActorCritic, dict[str, Any]]:
-    """The module with the weights to be kept, whole, and the metrics of their evaluation.
-
-    Those of the best evaluation by reward, or of the last rollout when `keep` says so and no alarm was raised.
-    """
-    if empty is not None:
-        actor_critic = filled(empty, whole_weights(actor_critic))
-    wrong, last = alarm(history, config), history[-1]
-    kept = max(history, key=lambda found: found.reward) if wrong or config.keep == "best" else last
-    if wrong:
-        say(f"ppo: stopped at rollout {last.step}: {wrong}; back to rollout {kept.step}, the best so far")
-    if kept is not last and is_main():  # which alone will write them
-        actor_critic.load_state_dict(kept.weights, strict=False)
-    score, kl = kept.metrics["eval_score"], kept.metrics["eval_kl"]
-    say(f"ppo: kept rollout {kept.step}: validation score {score:+.2f}, KL {kl:.2f} nats per response")
-    return actor_critic, {**kept.metrics, "kept_rollout": kept.step, "stopped": wrong}
-
-
-def origins(actor_critic: ActorCritic) -> dict[str, str]:
-    """What each role started from and stands on, for DONE.json."""
-    policy, critic = actor_critic.policy, actor_critic.critic
-    is_adapter = isinstance(critic, ValueHead) and critic.role == CRITIC
-    found = {
-        "policy": "all of SFT's weights",
-        "reference": "a frozen copy",
-        "critic": "a model of its own" if isinstance(critic, Critic) else "a head on the policy",
-        "reward": "a model or function of its own",
-    }
-    if not isinstance(policy, PeftModel):
-        return found
-    is_copy, on_base = REFERENCE in policy.peft_config, "an adapter on the base"
-    return found | {
-        "base": trunk_fingerprint(in_full(base_of(policy))),
-        "policy": "a copy of SFT's adapter" if is_copy else "a new adapter on SFT",
-        "reference": "SFT's adapter" if is_copy else "the base",
-        "critic": on_base if is_adapter else found["critic"],
-        "reward": found["reward"] if actor_critic.reward is None else on_base,
-    }
-
-
-def save(actor_critic: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The policy at the top of the folder and the critic in `critic/`; both load with `from_pretrained`.
-
-    Raises FloatingPointError for a weight that is not finite: nothing of it is ever finished.
-    """
-    for name, parameter in actor_critic.named_parameters():
-        if not parameter.isfinite().all():
-            raise FloatingPointError(f"ppo: {name} is not finite after training; nothing was written")
-    save_policy(actor_critic.policy, tokenizer, folder)
-    actor_critic.save_critic(folder / "critic")

@@ -14,10 +14,11 @@ from trl import SFTConfig
 from pipeline.config import Pretrain, Sampling
 from pipeline.data import decode, language_rows, language_stream
 from pipeline.formats import read_rows, usable
-from pipeline.models import load_language_model, load_tokenizer, new_language_model, save_policy, train_tokenizer
+from pipeline.models import load_language_model, new_language_model, save_policy
 from pipeline.process import processes, quiet, say
 from pipeline.rollout import generate
 from pipeline.run import StageRun
+from pipeline.tokenizing import load_tokenizer, train_tokenizer
 from pipeline.trainers import (
     NextTokenTrainer,
     packed_tokens,

@@ -20,7 +20,6 @@ from pipeline.data import IGNORED, length_batches, pad, preference_rows, show_ex
 from pipeline.formats import read_rows, whole
 from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
 from pipeline.models import (
-    ModelError,
     Policy,
     base_of,
     check_model,
@@ -30,7 +29,6 @@ from pipeline.models import (
     load_language_model,
     loaded_reward_model,
     new_reward_model,
-    same_tokenizer,
     save_with_base,
     with_adapter,
     without_dropout,
@@ -39,6 +37,7 @@ from pipeline.process import autocast, processes, quiet, say
 from pipeline.rollout import generate, read_prompts
 from pipeline.run import StageRun
 from pipeline.scoring import reward_model_scores
+from pipeline.tokenizing import ModelError, same_tokenizer
 from pipeline.trainers import in_length_batches, trained, training_arguments
 
 PROBES = 8  # texts whose scores must be the same after loading

@@ -10,18 +10,10 @@ from trl import SFTConfig
 from pipeline.config import SFT
 from pipeline.data import completion_rows, show_example, with_chat_template
 from pipeline.formats import read_rows
-from pipeline.models import (
-    Policy,
-    base_of,
-    check_model,
-    keep_fp32,
-    load_language_model,
-    load_tokenizer,
-    save_policy,
-    with_adapter,
-)
+from pipeline.models import Policy, base_of, check_model, keep_fp32, load_language_model, save_policy, with_adapter
 from pipeline.process import processes, quiet, say
 from pipeline.run import StageRun
+from pipeline.tokenizing import load_tokenizer
 from pipeline.trainers import NextTokenTrainer, in_length_batches, trained, training_arguments, validation_loss
 
 

@@ -20,11 +20,11 @@ from trl import RewardTrainer, SFTTrainer
 from pipeline.config import Optim, Run, UserError
 from pipeline.data import IGNORED, length_batches, pad
 from pipeline.losses import next_token_loss
-from pipeline.models import load_tokenizer, tokenizer_fingerprint
 from pipeline.process import autocast, checked, keep_torch_optimizer, new_accelerator, processes
 from pipeline.run import StageRun
 from pipeline.shards import Model, empty_copy, filled, in_pieces, whole_weights
 from pipeline.tensors import masked_sum
+from pipeline.tokenizing import load_tokenizer, tokenizer_fingerprint
 
 
 def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pipeline import pretrain, reward, sft
 from pipeline.config import SFT, Adapter, Optim, Pretrain, Reward, Run, Sampling
-from pipeline.models import ATTENTION, new_reward_model, save_policy, train_tokenizer
+from pipeline.models import ATTENTION, new_reward_model, save_policy
+from pipeline.tokenizing import train_tokenizer
 
 SENTENCES = ("the cat sat on a mat.", " a dog ate the cake,", " not the hat. no", " so he had tea on the sea.")
 

@@ -20,23 +20,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from pipeline import monitor, ppo, pretrain, reward, sft
+from pipeline.actor_critic import ActorCritic, Critic, ValueHead, load_reward
 from pipeline.config import PPO, SFT, Adapter, Optim, Pretrain, Reward, Run, Sampling
-from pipeline.models import (
-    ActorCritic,
-    Critic,
-    Policy,
-    ValueHead,
-    base_of,
-    load_language_model,
-    load_reward,
-    load_reward_model,
-    load_tokenizer,
-    with_adapter,
-)
+from pipeline.models import Policy, base_of, load_language_model, load_reward_model, with_adapter
 from pipeline.process import autocast, new_accelerator, processes, quiet
 from pipeline.rollout import Rollout, generate, to_experience
 from pipeline.run import StageRun
 from pipeline.shards import whole_weights
+from pipeline.tokenizing import load_tokenizer
 
 SAMPLING = Sampling(max_new_tokens=8, max_prompt_tokens=16, temperature=0.7)
 LORA = Adapter(adapter="lora", lora_rank=2)

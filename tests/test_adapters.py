@@ -27,7 +27,8 @@ from pipeline.adapter_files import read_adapters
 from pipeline.config import Compose, Inspect, MergeAdapter, UserError, Verify, parse_command
 from pipeline.expressions import parse, weighted
 from pipeline.judges import word_repetition
-from pipeline.models import save_policy, train_tokenizer
+from pipeline.models import save_policy
+from pipeline.tokenizing import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.tensor([[1, 6, 4, 9, 12, 5, 2], [1, 8, 8, 3, 7, 11, 10]])

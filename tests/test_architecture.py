@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     {"tensors", "config", "fingerprints"},
     {"losses", "advantages", "process", "judges", "sources", "shards", "roles", "expressions"},
-    {"formats", "models", "tracking", "corpus", "siblings", "checkpoints", "algebra"},
-    {"data", "run"},
-    {"scoring", "rollout", "trainers", "report", "adapter_files"},
+    {"formats", "tokenizing", "tracking", "corpus", "siblings", "checkpoints", "algebra"},
+    {"data", "run", "models"},
+    {"scoring", "rollout", "trainers", "report", "adapter_files", "actor_critic"},
     {"monitor", "adapters"},
     {"keeping", "measures"},
     {"search"},

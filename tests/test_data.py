@@ -26,8 +26,8 @@ from pipeline.data import (
     turn_ids,
     with_chat_template,
 )
-from pipeline.models import train_tokenizer
 from pipeline.sources import DataError
+from pipeline.tokenizing import train_tokenizer
 
 LETTERS = "abcdef "
 IDS = {letter: 3 + i for i, letter in enumerate(LETTERS)}  # <pad> 0, <bos> 1, <eos> 2

@@ -9,7 +9,7 @@ import learning
 import pytest
 import torch
 
-from pipeline.models import train_tokenizer
+from pipeline.tokenizing import train_tokenizer
 
 SMALL = [[1, 2], [2], [3, 0], [3, 1]]  # to 0 from 1: 1 2 0; from 2: 2 0; from 3: 3 1 2 0
 

@@ -18,36 +18,28 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline import models
+from pipeline import actor_critic as room
+from pipeline.actor_critic import ActorCritic, Critic, ValueHead, response_logprobs
 from pipeline.config import Adapter, Pretrain
 from pipeline.data import decode
 from pipeline.models import (
     ATTENTION,
-    PAD,
-    ActorCritic,
-    Critic,
-    ModelError,
-    ValueHead,
     base_of,
     check_model,
     frozen,
     head_weight,
     load_language_model,
     load_reward_model,
-    load_tokenizer,
     merge_adapter,
     new_language_model,
     new_reward_model,
-    response_logprobs,
-    same_tokenizer,
     save_policy,
-    tokenizer_fingerprint,
-    train_tokenizer,
     with_adapter,
     without_dropout,
 )
 from pipeline.roles import role
 from pipeline.scoring import reward_model_scores
+from pipeline.tokenizing import PAD, ModelError, load_tokenizer, same_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 KINDS = ("gpt2", "llama")
 ADAPTERS = (Adapter(adapter="lora", lora_rank=3, lora_alpha=8), Adapter(adapter="ia3"))
@@ -316,7 +308,7 @@ def test_log_probabilities_in_parts_are_those_of_the_whole(most, make_model, mon
         return [*outputs, *(p.grad for p in model.parameters())]
 
     whole = found()
-    monkeypatch.setattr(models, "MOST_LOGITS", most)
+    monkeypatch.setattr(room, "MOST_LOGITS", most)
     parts = found()
     assert all(torch.equal(a, b) for a, b in zip(parts[:2], whole[:2], strict=True))
     for part, expected in zip(parts[2:], whole[2:], strict=True):

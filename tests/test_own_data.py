@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import chat, evaluate, merge, ppo, pretrain, reward, sft
 from pipeline.config import PPO, SFT, Chat, Evaluate, Merge, Pretrain, Reward, Sampling, flat, parse
 from pipeline.data import TRANSCRIPT, decode, prompt_ids
-from pipeline.models import load_language_model, load_tokenizer
+from pipeline.models import load_language_model
 from pipeline.rollout import generate
 from pipeline.run import read_done
 from pipeline.sources import DataError
+from pipeline.tokenizing import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 THINGS = ("cat", "dog", "sea", "hat", "tea", "cake", "mat", "sun")

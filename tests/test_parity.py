@@ -12,8 +12,9 @@ from functools import partial
 import pytest
 import torch
 
+from pipeline.actor_critic import ActorCritic, Critic, response_logprobs
 from pipeline.config import PPO, Adapter, Sampling
-from pipeline.models import ActorCritic, Critic, frozen, response_logprobs
+from pipeline.models import frozen
 from pipeline.ppo import ppo_loss
 from pipeline.rollout import generate, to_experience
 from pipeline.scoring import reward_model_scores

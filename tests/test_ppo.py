@@ -13,25 +13,17 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pipeline import monitor, ppo, pretrain, reward, sft
+from pipeline import keeping, monitor, ppo, pretrain, reward, sft
+from pipeline.actor_critic import ActorCritic, Critic, ValueHead, response_logprobs
 from pipeline.advantages import adapted_kl_coef
 from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Pretrain, Reward, Run, Sampling, UserError
 from pipeline.data import decode
-from pipeline.models import (
-    ActorCritic,
-    Critic,
-    ModelError,
-    ValueHead,
-    frozen,
-    load_language_model,
-    load_reward_model,
-    response_logprobs,
-    with_adapter,
-)
+from pipeline.models import frozen, load_language_model, load_reward_model, with_adapter
 from pipeline.rollout import generate, to_experience
 from pipeline.run import read_done
 from pipeline.scoring import reward_model_scores
 from pipeline.tensors import identity
+from pipeline.tokenizing import ModelError
 
 PAD, BOS, EOS = 0, 1, 2
 PROMPTS = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate", "he"]
@@ -181,7 +173,7 @@ def test_weights_that_are_not_finite_are_never_written(actor_critic, tokenizer, 
     with torch.no_grad():
         next(actor_critic.critic.parameters()).flatten()[0] = math.inf
     with pytest.raises(FloatingPointError, match=r"critic\.\S+ is not finite"):
-        ppo.save(actor_critic, tokenizer, tmp_path)
+        keeping.save(actor_critic, tokenizer, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -891,7 +883,7 @@ def test_a_policy_that_never_ends_is_told_of(make_model, tokenizer, reward_model
     assert found.metrics["eval_eos_share"] == 0
     assert found.metrics["eval_length"] == CONFIG.sampling.max_new_tokens
     assert (made.rewards[:, -1] == -1.0).all()
-    ppo.evaluated(Silent(), 0, found, actor_critic, [])
+    keeping.evaluated(Silent(), 0, found, actor_critic, [])
     assert "no response of the evaluation at rollout 0 ended by itself" in " ".join(capsys.readouterr().out.split())
 
 
@@ -904,7 +896,7 @@ def test_empty_responses_are_responses(make_model, tokenizer, reward_model, acce
     assert [row["response"] for row in found.samples] == [""] * 8
     assert (found.metrics["eval_length"], found.metrics["eval_repetition"]) == (1, 0)
     assert found.metrics["eval_duplicates"] == pytest.approx(7 / 8)
-    ppo.evaluated(Silent(), 0, found, actor_critic, [])
+    keeping.evaluated(Silent(), 0, found, actor_critic, [])
     assert "ended by itself" not in capsys.readouterr().out
 
 
@@ -991,13 +983,13 @@ def test_the_alarm_names_what_it_saw(metrics, says):
 def test_an_alarm_goes_back_whatever_is_to_be_kept(keep, kl, kept, actor_critic):
     """The first evaluation has the higher reward; the second is the last, within its KL budget or over it."""
     config = dataclasses.replace(CONFIG, keep=keep, kl_budget=10.0)
-    history = [ppo.evaluated(Silent(), 0, evaluation_with(reward=1.0), actor_critic, [])]
+    history = [keeping.evaluated(Silent(), 0, evaluation_with(reward=1.0), actor_critic, [])]
     before = weights(actor_critic)
     with torch.no_grad():
         for parameter in actor_critic.parameters():
             parameter.add_(1.0)
-    history.append(ppo.evaluated(Silent(), 1, evaluation_with(reward=0.5, kl=kl), actor_critic, history))
-    kept_module, metrics = ppo.keep(history, actor_critic, None, config)
+    history.append(keeping.evaluated(Silent(), 1, evaluation_with(reward=0.5, kl=kl), actor_critic, history))
+    kept_module, metrics = keeping.keep(history, actor_critic, None, config)
     assert kept_module is actor_critic
     assert metrics["kept_rollout"] == kept
     assert bool(metrics["stopped"]) == (kl > 10)
@@ -1013,7 +1005,7 @@ def test_little_repetition_may_grow_by_a_twentieth():
 def test_of_equal_rewards_the_first_is_the_best(actor_critic, tmp_path):
     history = []
     for value in (1.0, 1.0, 2.0, 1.5):
-        history.append(ppo.evaluated(Silent(), len(history), evaluation_with(reward=value), actor_critic, history))
+        history.append(keeping.evaluated(Silent(), len(history), evaluation_with(reward=value), actor_critic, history))
     assert [bool(found.weights) for found in history] == [False, False, True, False]
 
 

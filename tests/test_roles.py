@@ -14,19 +14,15 @@ from peft import PeftModel, TaskType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline import ppo, reward
+from pipeline import keeping, ppo, reward
+from pipeline.actor_critic import ActorCritic, Critic, ValueHead, load_reward
 from pipeline.config import PPO, SFT, Adapter, ConfigError, Optim, Reward, Run, Sampling, parse
 from pipeline.data import preference_rows
 from pipeline.models import (
     ATTENTION,
-    ActorCritic,
-    Critic,
-    ModelError,
-    ValueHead,
     base_of,
     load_language_model,
     load_policy,
-    load_reward,
     load_reward_model,
     new_reward_model,
     save_policy,
@@ -37,6 +33,7 @@ from pipeline.rollout import generate, to_experience
 from pipeline.run import read_done
 from pipeline.scoring import reward_model_scores, role_scores
 from pipeline.tensors import identity
+from pipeline.tokenizing import ModelError
 
 PAD = 0
 KINDS = ("gpt2", "llama")
@@ -247,7 +244,7 @@ def test_activations_computed_again_have_the_same_gradient_to_the_bit(roles):
 def test_gradients_are_those_of_models_of_their_own(checkpointing, case, roles, tmp_path, tokenizer):
     """Policy and critic saved, loaded by PEFT, each alone on a base of its own, and put through the same loss."""
     folder, _ = case
-    ppo.save(roles, tokenizer, tmp_path)
+    keeping.save(roles, tokenizer, tmp_path)
     if checkpointing:
         roles.checkpoint_activations()
     found = gradients(roles, 1, 1, train=checkpointing)
@@ -388,7 +385,7 @@ def test_dora_is_a_role_too(saved, tokenizer, tmp_path):
 def test_policy_and_critic_load_to_what_training_saw(roles, folder, tokenizer, tmp_path):
     logits = roles.policy(input_ids=IDS).logits
     values = roles.role_outputs(roles.critic, IDS, MASK)
-    ppo.save(roles, tokenizer, tmp_path)
+    keeping.save(roles, tokenizer, tmp_path)
     assert torch.equal(roles.policy(input_ids=IDS).logits, logits)
     shutil.copytree(folder / "base", tmp_path / "base")
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"critic", "base"}

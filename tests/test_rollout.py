@@ -6,14 +6,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.actor_critic import ActorCritic, Critic, response_logprobs
 from pipeline.config import PPO, Adapter, Sampling, UserError
 from pipeline.data import decode, preference_rows, text_ids
-from pipeline.models import ActorCritic, Critic, response_logprobs, train_tokenizer, with_adapter
+from pipeline.models import with_adapter
 from pipeline.ppo import ppo_loss
 from pipeline.rollout import Experience, Rollout, generate, read_prompts, to_experience
 from pipeline.scoring import reward_model_scores
 from pipeline.sources import DataError
 from pipeline.tensors import identity
+from pipeline.tokenizing import train_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
 PROMPTS = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate", "he"]

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import adapters, measures, search
+from pipeline.actor_critic import response_logprobs
 from pipeline.adapter_files import AdapterError, read_ground
 from pipeline.config import Compose, Sampling, Search, UserError
 from pipeline.data import completion_rows
 from pipeline.expressions import parse, substitute
 from pipeline.fingerprints import of_file
 from pipeline.judges import mean_ci
-from pipeline.models import load_reward_model, new_reward_model, response_logprobs
+from pipeline.models import load_reward_model, new_reward_model
 from pipeline.rollout import generate
 from pipeline.scoring import reward_model_scores
 from pipeline.search import Constraint, minimise, read_constraints, read_ranges

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from pipeline.actor_critic import ActorCritic, ValueHead
 from pipeline.config import Adapter
-from pipeline.models import ActorCritic, ValueHead, with_adapter
+from pipeline.models import with_adapter
 from pipeline.shards import empty_copy, filled, whole, whole_weights
 
 IDS = torch.tensor([[1, 5, 7, 4, 9, 3]])
