@@ -198,54 +198,50 @@ def initialisation(given: Given, seed: int) -> Figures:
 
 
 def multitask(given: Given, seed: int) -> Figures:
-    """Which collection a text is from, said after it, and which of two completions is a snippet's own."""
-    chosen_words = {"imdb": " users", "rt": " critics"}
-
-    def origin(split: str, each: int) -> list[dict[str, str]]:
-        right, wrong = chosen_words, dict(zip(chosen_words, reversed(chosen_words.values()), strict=True))
-        return [
-            {"prompt": f"{text} From", "completion": right[s], "chosen": right[s], "rejected": wrong[s]}
-            for s in chosen_words
-            for text, _ in texts(split, s, seed, each)
-        ]
-
-    def continuation(split: str, number: int) -> list[dict[str, str]]:
-        rows = sorted(continued(texts(split, "rt", seed, number)), key=lambda row: len(row["completion"].split()))
-        others = [*rows[1:], rows[0]]  # of about the same length
-        return [
-            row | {"chosen": row["completion"], "rejected": o["completion"]}
-            for row, o in zip(rows, others, strict=True)
-        ]
-
-    learnt = origin("train", ROWS // 2)
-    snippets = continued(texts("train", "rt", seed, ROWS))
-    adapters = {
-        "origin": train(given, seed, "origin", learnt),
-        "snippets": train_language(given, seed, "rt"),
-        "both": train(given, seed, "both", [*learnt, *snippets]),
+    """Which collection a text is from, and whether it was cut short: each said in a word after it."""
+    words = {
+        "origin": (" From", {"imdb": " users", "rt": " critics"}),
+        "ending": (" It is", {"whole": " whole", "cut": " cut"}),
     }
+
+    def row(task: str, text: str, label: str) -> dict[str, str]:
+        question, answers = words[task]
+        wrong = next(answer for other, answer in answers.items() if other != label)
+        return {"prompt": text + question, "completion": answers[label], "chosen": answers[label], "rejected": wrong}
+
+    def rows(task: str, split: str, each: int) -> list[dict[str, str]]:
+        """Of texts from both collections; to be cut is to lose the last third of the words."""
+        drawn = [(text, source) for source in ("imdb", "rt") for text, _ in texts(split, source, seed, each)]
+        if task == "origin":
+            return [row(task, text, source) for text, source in drawn]
+        parts = [text.split() for text, _ in drawn]
+        return [
+            row(task, " ".join(part[: -max(1, len(part) // 3)] if number % 2 else part), ("whole", "cut")[number % 2])
+            for number, part in enumerate(parts)
+        ]
+
+    learnt = {task: rows(task, "train", ROWS // 3) for task in words}
+    adapters = {task: train(given, seed, task, learnt[task]) for task in words}
+    adapters["both"] = train(given, seed, "both", [*learnt["origin"], *learnt["ending"]])
     files = {
-        (task, split): data_file(given, f"{task}{seed}_{split}", rows)
-        for split, each in (("validation", 100), ("test", 350))
-        for task, rows in (("origin", origin(split, each)), ("continuation", continuation(split, 2 * each)))
+        (task, split): data_file(given, f"{task}{seed}_{split}", rows(task, split, each))
+        for task in words
+        for split, each in (("validation", 75), ("test", 250))
     }
     found = searched(
-        given, seed, "multitask", {name: adapters[name] for name in ("origin", "snippets")},
-        expression="$x*origin + $y*snippets", range="x=0:1.5,y=0:1.5", objective="accuracy", budget=14, grid=9,
-        validation_file=f"{files['origin', 'validation']},{files['continuation', 'validation']}",
-        test_file=f"{files['origin', 'test']},{files['continuation', 'test']}",
+        given, seed, "multitask", {task: adapters[task] for task in words}, objective="accuracy",
+        expression="$x*origin + $y*ending", range="x=0:1.5,y=0:1.5", budget=13, grid=9,
+        validation_file=f"{files['origin', 'validation']},{files['ending', 'validation']}",
+        test_file=f"{files['origin', 'test']},{files['ending', 'test']}",
     )  # fmt: skip
     expressions = {
-        "base": "base", "origin alone": "origin", "snippets alone": "snippets", "average": "avg(origin, snippets)",
-        "sum": "origin + snippets", "searched": found["found"], "trained on both": "both",
+        "base": "base", "origin alone": "origin", "ending alone": "ending", "average": "avg(origin, ending)",
+        "sum": "origin + ending", "searched": found["found"], "trained on both": "both",
     }  # fmt: skip
-    tasks = {
-        task: measure(given, adapters, expressions, files[task, "test"], "accuracy")
-        for task in ("origin", "continuation")
-    }
+    tasks = {task: measure(given, adapters, expressions, files[task, "test"], "accuracy") for task in words}
     result = {f"{name}: {task}": tasks[task][name] for name in expressions for task in tasks}
-    result |= {f"{name}: mean": (tasks["origin"][name] + tasks["continuation"][name]) / 2 for name in expressions}
-    return result | {"weight of origin": found["chosen"]["x"], "weight of snippets": found["chosen"]["y"]}
+    result |= {f"{name}: mean": (tasks["origin"][name] + tasks["ending"][name]) / 2 for name in expressions}
+    return result | {"weight of origin": found["chosen"]["x"], "weight of ending": found["chosen"]["y"]}
 
 
 def transfer(given: Given, seed: int) -> Figures:
@@ -388,15 +384,11 @@ FINDINGS: dict[str, tuple[Callable[[Given, int], Figures], tuple[Claim, ...]]] =
         multitask,
         (
             Claim("both tasks: the searched sum beats the origin adapter", "searched: mean", "origin alone: mean"),
-            Claim("both tasks: the searched sum beats the snippets adapter", "searched: mean", "snippets alone: mean"),
+            Claim("both tasks: the searched sum beats the ending adapter", "searched: mean", "ending alone: mean"),
             Claim("both tasks: the searched sum beats the average", "searched: mean", "average: mean"),
             Claim("both tasks: the searched sum beats training on both", "searched: mean", "trained on both: mean"),
             Claim("origin: the searched sum beats its own adapter", "searched: origin", "origin alone: origin"),
-            Claim(
-                "continuation: the searched sum beats its own adapter",
-                "searched: continuation",
-                "snippets alone: continuation",
-            ),
+            Claim("ending: the searched sum beats its own adapter", "searched: ending", "ending alone: ending"),
         ),
     ),
     "transfer": (
