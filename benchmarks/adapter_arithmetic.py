@@ -290,15 +290,15 @@ def unlearning(given: Given, seed: int) -> Figures:
         )
         for name, label in kinds.items()
     }  # fmt: skip
-    retained = [{"text": row["text"]} for row in read_rows(str(DATA / "pretrain/validation.jsonl"), "text", 200)]
+    retained = [{"text": row["text"]} for row in read_rows(str(DATA / "pretrain/validation.jsonl"), "text", 160)]
     prompts = {
         split: data_file(given, f"prompts_{split}", read_rows(str(DATA / f"ppo/{split}.jsonl"), "prompt", number))
-        for split, number in (("validation", 128), ("test", 256))
+        for split, number in (("validation", 128), ("test", 192))
     }
     common: dict[str, Any] = {
-        "constraints": "perplexity <= 1.05*base", "budget": 7, "grid": 5,
-        "retain_file": data_file(given, "retain_validation", retained[:100]),
-        "retain_test_file": data_file(given, "retain_test", retained[100:]),
+        "constraints": "perplexity <= 1.05*base", "budget": 6, "grid": 4,
+        "retain_file": data_file(given, "retain_validation", retained[:80]),
+        "retain_test_file": data_file(given, "retain_test", retained[80:]),
     }  # fmt: skip
     sampled: dict[str, Any] = {
         "objective": "classifier", "also": "vader,repetition", "judge_file": str(DATA / "judge/train.jsonl"),
