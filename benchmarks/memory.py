@@ -5,7 +5,8 @@ python benchmarks/memory.py [--checkpointing false true] [--cases adapter roles 
 A model of SmolLM2-135M's shape with random weights (Llama, 30 layers, hidden 576, 9 heads, 3 of keys and values, MLP
 1536, vocabulary 49,152, tied, fp32), LoRA of rank 16 on every linear layer, 8 rows of 64 + 192 tokens. Every case is a
 process of its own; its figure is the highest resident size less the resident size before anything was loaded. PPO
-samples, scores and makes one update; an adapter alone makes two steps of SFT.
+samples, scores and makes one update; an adapter alone makes two steps of SFT. The allocator gives every large tensor's
+memory back when it is freed, so that the figure is what was needed; what glibc keeps by itself comes on top of it.
 """
 
 import argparse
@@ -120,11 +121,10 @@ def ppo_with(reward: str, folder: Path, checkpointing: bool) -> None:
 def measure(case: str, folder: Path, checkpointing: bool) -> None:
     """Runs a case in this process and prints its figures."""
     from pipeline import ppo  # so that what importing takes is not counted
-    from pipeline.process import keep_freed_memory, quiet
+    from pipeline.process import quiet
 
     assert ppo
     quiet()
-    keep_freed_memory()  # as the stages do
     before, started = kibibytes("VmRSS"), time.monotonic()
     run = one_adapter if case == "adapter" else partial(ppo_with, case)
     run(folder, checkpointing)
@@ -139,6 +139,7 @@ def main() -> None:
         "--run", nargs=3, help=argparse.SUPPRESS
     )  # case, folder, checkpointing: in a process of its own
     given = parser.parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # for the processes that are measured
     if given.run is not None:
         if given.run[0] == "parents":
             make_parents(Path(given.run[1]))

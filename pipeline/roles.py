@@ -87,7 +87,6 @@ def add_role(policy: PeftModel, name: str, config: AdapterConfig, weights: Mappi
         fill(policy, name, weights)
     policy.requires_grad_(False)
     for layer in adapter_layers(policy):
-        layer._active_adapter = [POLICY]  # a layer that no adapter had before would read the new one
         for kind in layer.adapter_layer_names:
             for owner, part in getattr(layer, kind).items():
                 part.requires_grad_(owner in (POLICY, CRITIC))

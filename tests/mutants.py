@@ -128,7 +128,6 @@ PLANTED = [
     ("roles", "            layer._active_adapter, layer._disable_adapters = names, is_base\n", "            pass\n", "a role is not given back"),
     ("roles", "return nullcontext(), reading(layers, None if is_base else layers[0].active_adapters[0])", "return nullcontext(), nullcontext()", "activations computed again in another role"),
     ("roles", "part.requires_grad_(owner in (POLICY, CRITIC))", "part.requires_grad_(True)", "reference and reward learn too"),
-    ("roles", "layer._active_adapter = [POLICY]  #", "#", "the policy reads another's adapter where it has none"),
     ("actor_critic", "with role(self.policy, head.role):", "if True:", "the critic reads the policy's adapter"),
     ("actor_critic", "return head(checkpoint(states, use_reentrant=False))", "return head(states())", "two trunks' activations at a time"),
     ("actor_critic", "weights | {f\"{PREFIX}score.weight\": self.weight}", "weights | {f\"{PREFIX}score.weight\": 0 * self.weight}", "a critic's head lost when saved"),
