@@ -175,6 +175,10 @@ class NextTokenTrainer(SFTTrainer):
         super().__init__(**arguments)
         self.label_smoothing = label_smoothing
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without IA3's vectors: decay would pull them to 0, where nothing is 1."""
+        return [name for name in super().get_decay_parameter_names(model) if "ia3_l" not in name.split(".")]
+
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

@@ -9,8 +9,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from pipeline.config import Optim, Run
+from pipeline.config import Adapter, Optim, Run
 from pipeline.data import IGNORED, decode, language_rows
+from pipeline.models import with_adapter
 from pipeline.trainers import NextTokenTrainer, computing, packed_tokens, trained, training_arguments, validation_loss
 
 LENGTHS = (3, 9, 4, 12, 7, 2, 10, 5)
@@ -194,6 +195,18 @@ def test_the_log_has_the_loss_and_counts_real_tokens(make_model, tokenizer, rows
     assert 0 < metrics["tokens"] < sum(LENGTHS)
     assert log.shown[0] == 2
     assert log.checkpoints == [(2, {"tokens": sum(LENGTHS)})]  # at the end, should validation fail
+
+
+@pytest.mark.parametrize(("kind", "decays"), [("ia3", False), ("lora", True)])
+def test_weight_decay_leaves_alone_what_is_one_where_it_does_nothing(
+    kind, decays, make_model, tokenizer, rows, tmp_path
+):
+    model = with_adapter(make_model("llama"), Adapter(adapter=kind, lora_rank=2))
+    trainer = trainer_of(model, tokenizer, rows, tmp_path)
+    adapter = {id(p) for p in model.parameters() if p.requires_grad}
+    for group in trainer.create_optimizer().param_groups:
+        if adapter & {id(p) for p in group["params"]}:
+            assert (group["weight_decay"] > 0) == decays
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
