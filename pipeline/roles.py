@@ -111,9 +111,12 @@ def kind(config: AdapterConfig) -> str:
 
 
 def for_language_model(config: AdapterConfig) -> AdapterConfig:
-    """The adapter's configuration without what a classifier's has besides: its head is ours to keep."""
+    """The adapter's configuration without what a classifier's has besides, its head being ours to keep, and without
+    dropout."""
     config = copy.deepcopy(config)
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
+    if isinstance(config, LoraConfig):
+        config.lora_dropout = 0.0
     return config
 
 

@@ -199,6 +199,17 @@ def test_layers_that_the_policys_adapter_does_not_have_read_nothing_of_another(p
     assert len(adapter_layers(policy)) > 2
 
 
+def test_an_adapter_from_elsewhere_becomes_a_role_without_dropout(parents, tmp_path):
+    folder = shutil.copytree(parents("llama", LORA) / "reward", tmp_path / "reward")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5}))
+    policy = load_policy(parents("llama", LORA) / "base", LORA)
+    head = load_reward(folder, policy)
+    actor_critic = ActorCritic(policy, ppo.make_critic("reward", policy, head, PAD), 0.7, PAD, head).train()
+    with torch.no_grad():
+        assert torch.equal(actor_critic(IDS, MASK, 4)[2], actor_critic(IDS, MASK, 4)[2])
+
+
 # gradients
 
 
