@@ -105,7 +105,7 @@ PLANTED = [
     ("ppo", "    if norm.isfinite() or accelerator.scaler is not None:", "    if True:", "steps into NaN"),
     ("ppo", "norm.isfinite() or accelerator.scaler is not None:", "norm.isfinite():", "a loss scale that is never lowered"),
     ("checkpoints", "    load_accelerator_state(", "    (lambda *_: None)(", "random states not restored"),
-    ("checkpoints", "set_state_dict(\n            prepared, optimizer.optimizer,", "(lambda *_, **__: None)(\n            prepared, optimizer.optimizer,", "weights and moments stay where they began"),
+    ("checkpoints", "dcp.load({", "(lambda *_, **__: None)({", "weights and moments stay where they began"),
     ("checkpoints", "        if not damaged:\n", "        if True:\n", "a damaged checkpoint is gone on from"),
     ("keeping", "kl_coef\"])", "kl_coef\"] / 2)", "the KL coefficient of a run that goes on is another's"),
     ("keeping", "history[best].weights.update(load_file(found.folder / BEST))", "pass", "the best policy is lost when a run goes on"),
