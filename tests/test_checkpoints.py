@@ -84,6 +84,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(interrupte
     assert f"{newest}: {name} is missing or not as it was written" in printed
     assert "goes on after step 2" in printed
     assert content(final) == content(whole["ppo"])
+    for log in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint has come again, and stands once
+        assert lines(final.parent, log) == lines(whole["ppo"].parent, log)
 
 
 def test_without_a_whole_checkpoint_the_stage_starts_again(interrupted, whole, capsys):
