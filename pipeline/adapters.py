@@ -58,7 +58,7 @@ from pipeline.formats import Text, read_rows, shown
 from pipeline.judges import Vader, text_statistics
 from pipeline.models import Policy, frozen, save_policy
 from pipeline.process import quiet, say
-from pipeline.rollout import generate
+from pipeline.rollout import fitting_prompts, generate
 from pipeline.scoring import fitted_judge
 from pipeline.tensors import position_ids
 from pipeline.tokenizing import tokenizer_fingerprint
@@ -467,7 +467,7 @@ def writings(config: Verify, folders: Mapping[str, Path], ground: Ground) -> dic
     tokenizer = ground.tokenizer
     rows = read_rows(config.prompts_file, "prompt", config.prompts, config.bad_rows, config.seed)
     with_chat_template(tokenizer, rows)
-    prompts = [row["prompt"] for row in rows]
+    prompts = fitting_prompts([row["prompt"] for row in rows], tokenizer, config.sampling, config.prompts_file)
     judges: dict[str, Any] = {"vader": Vader()}
     if config.judge_file:
         judges["classifier"] = fitted_judge(config.judge_file, config.seed)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline import adapters, merge
 from pipeline.adapter_files import read_adapters
-from pipeline.config import Compose, Inspect, MergeAdapter, UserError, Verify, parse_command
+from pipeline.config import Compose, Inspect, MergeAdapter, Sampling, UserError, Verify, parse_command
 from pipeline.expressions import parse, weighted
 from pipeline.judges import word_repetition
 from pipeline.models import save_policy
@@ -475,6 +475,13 @@ def test_verify_makes_it_anew_also_where_it_was_moved(shop, tmp_path):
     (moved / "made" / "composition.json").write_text(json.dumps(lineage))
     with pytest.raises(UserError, match="made anew from its parents it differs by"):
         adapters.verify(Verify(**dials))
+
+
+def test_verify_treats_long_prompts_as_the_dial_says(shop):
+    out = shop.compose("a", folders={"a": shop.adapter("plain")})
+    short = Sampling(max_new_tokens=4, max_prompt_tokens=2, long_prompts="error")
+    with pytest.raises(UserError, match="prompts are longer than 2 tokens: raise max_prompt_tokens"):
+        adapters.verify(Verify(adapter=str(out), prompts_file=str(shop.probes), prompts=4, sampling=short))
 
 
 def test_verify_says_what_parents_and_result_write(shop, tokenizer, capsys):
