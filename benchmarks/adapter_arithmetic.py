@@ -29,14 +29,16 @@ from typing import Any
 import numpy as np
 
 from pipeline import sft
-from pipeline.adapter_files import read_adapters
-from pipeline.config import SFT, Adapter, Optim, Run, Search
-from pipeline.expressions import parse
-from pipeline.formats import read_rows
-from pipeline.judges import mean_ci, pair_accuracy
-from pipeline.measures import log_likelihoods, measured, new_bench, read_split, weights_of
-from pipeline.report import markdown_table
-from pipeline.search import search
+from pipeline.adapters.expressions import parse
+from pipeline.adapters.files import read_adapters
+from pipeline.adapters.metrics import log_likelihoods, measured, new_bench, read_split, weights_of
+from pipeline.adapters.search import search
+from pipeline.config.commands import Search
+from pipeline.config.dials import Adapter, Optim, Run
+from pipeline.config.stages import SFT
+from pipeline.data.formats import read_rows
+from pipeline.evaluation.report import markdown_table
+from pipeline.evaluation.statistics import mean_ci, pair_accuracy
 
 DATA = Path("data/imdb")
 PAGE = Path("docs/adapter-arithmetic.md")
@@ -97,8 +99,8 @@ def train(given: Given, seed: int, name: str, rows: Sequence[Mapping[str, str]],
     return sft.train(
         SFT(
             run=Run(recipe=name, runs=str(folder), seed=seed, precision="fp32", report_to="none"),
-            optim=Optim(learning_rate=rate, weight_decay=0.0, epochs=epochs, batch_size=16, micro_batch=16),
-            adapter=Adapter(adapter=given.adapter, lora_rank=8, lora_alpha=8),
+            optim=Optim(learning_rate=rate, weight_decay=0.0, num_train_epochs=epochs, batch_size=16, micro_batch=16),
+            adapter=Adapter(adapter=given.adapter, lora_r=8, lora_alpha=8),
             base=str(given.base), train_file=file, validation_file=file, validation_rows=64,
         )
     )  # fmt: skip

@@ -18,8 +18,8 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from pipeline.algebra import Factors, Scales, Update, add, compress, compressed, factors
-from pipeline.report import markdown_table
+from pipeline.adapters.algebra import Factors, Scales, Update, add, compress, compressed, factors
+from pipeline.evaluation.report import markdown_table
 
 IN, OUT = 24, 32
 WEIGHTS = ((1.0,), (1.0, 1.0), (1.0, -1.0), (0.5, 0.5))

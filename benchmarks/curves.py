@@ -17,9 +17,9 @@ ILL: dict[str, dict[str, object]] = {
     "healthy": {},
     "reward-hacking": {"kl_coef": 0.02, "score_clip": "none"},
     "kl-explosion": {"kl_coef": 0, "learning_rate": 1e-2},
-    "entropy-collapse": {"kl_coef": 0, "score_clip": "none", "learning_rate": 3e-3, "epochs": 8},
+    "entropy-collapse": {"kl_coef": 0, "score_clip": "none", "learning_rate": 3e-3, "num_ppo_epochs": 8},
     "length-drift": {"kl_coef": 0.02, "missing_eos_score": 2},
-    "dead-critic": {"critic_learning_rate": 0, "value_clip": 0.01, "critic_warmup": 0},
+    "dead-critic": {"critic_learning_rate": 0, "cliprange_value": 0.01, "critic_warmup": 0},
 }
 PANELS = {
     "score": "score (reward units)",

@@ -23,10 +23,11 @@ from torch import Tensor, tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import ppo, pretrain
-from pipeline.config import PPO, Adapter, Optim, Pretrain, Run, Sampling
-from pipeline.judges import mean_ci
-from pipeline.report import markdown_table
-from pipeline.tokenizing import load_tokenizer
+from pipeline.config.dials import Adapter, Optim, Run, Sampling
+from pipeline.config.stages import PPO, Pretrain
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.evaluation.report import markdown_table
+from pipeline.evaluation.statistics import mean_ci
 
 Graph = list[list[int]]  # the nodes to which each node leads
 
@@ -113,8 +114,10 @@ def train(task: str, critic: str, runs: Path, seed: int) -> Path:
     run = Run(recipe="learning", runs=str(folder), seed=seed, precision="fp32", report_to="none")
     base = pretrain.train(
         Pretrain(
-            run=run, optim=Optim(learning_rate=1e-3, epochs=6, batch_size=32, micro_batch=32), train_file=file,
-            validation_file=held_out, tokenizer="word", hidden_size=128, intermediate_size=352, layers=5, heads=4,
+            run=run, optim=Optim(learning_rate=1e-3, num_train_epochs=6, batch_size=32, micro_batch=32),
+            train_file=file,
+            validation_file=held_out, tokenizer="word", hidden_size=128, intermediate_size=352, num_hidden_layers=5,
+            num_attention_heads=4,
             context=64, sample_tokens=12,
         )
     )  # fmt: skip
@@ -123,8 +126,9 @@ def train(task: str, critic: str, runs: Path, seed: int) -> Path:
         run=Run(recipe=f"{task}_{critic}", runs=str(folder), seed=seed, precision="fp32", report_to="none"),
         adapter=Adapter(adapter="none"), sampling=Sampling(max_new_tokens=LONGEST + 1, max_prompt_tokens=4),
         sft=str(base), train_file=prompts, validation_file=prompts, critic=critic, rollouts=60, rollout_batch=128,
-        micro_batch=128, epochs=4, minibatches=1, learning_rate=3e-4, critic_learning_rate=1e-3, kl_coef=0.0,
-        missing_eos_score=0.0, critic_warmup=5, eval_every=5, eval_prompts=260, keep="last", collapse_alarm=False,
+        micro_batch=128, num_ppo_epochs=4, num_mini_batches=1, learning_rate=3e-4, critic_learning_rate=1e-3,
+        kl_coef=0.0,
+        missing_eos_score=0.0, critic_warmup=5, eval_steps=5, eval_prompts=260, keep="last", collapse_alarm=False,
     )  # fmt: skip
     return ppo.train(config, score_function(task, graph, tokenizer)).parent
 

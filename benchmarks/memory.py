@@ -39,9 +39,11 @@ def make_parents(folder: Path) -> None:
     from peft import TaskType
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from pipeline.config import Adapter
-    from pipeline.models import new_reward_model, save_policy, save_with_base, with_adapter
-    from pipeline.tokenizing import train_tokenizer
+    from pipeline.config.dials import Adapter
+    from pipeline.data.tokenizer import train_tokenizer
+    from pipeline.models.heads import new_reward_model
+    from pipeline.models.loading import wrap_with_adapter
+    from pipeline.models.saving import save_policy, save_with_base
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer("bpe", ["a few words"], 300)
@@ -53,20 +55,20 @@ def make_parents(folder: Path) -> None:
     save_policy(AutoModelForCausalLM.from_config(config), tokenizer, folder / "sft")
     reward_model = new_reward_model(folder / "sft", tokenizer)
     save_with_base(reward_model, folder / "separate")
-    save_with_base(with_adapter(reward_model, Adapter(adapter="lora"), TaskType.SEQ_CLS), folder / "roles")
+    save_with_base(wrap_with_adapter(reward_model, Adapter(adapter="lora"), TaskType.SEQ_CLS), folder / "roles")
 
 
 def one_adapter(folder: Path, checkpointing: bool) -> None:
     import torch
 
-    from pipeline.config import Adapter
-    from pipeline.losses import next_token_loss
-    from pipeline.models import base_of, load_policy
-    from pipeline.tensors import masked_mean
+    from pipeline.config.dials import Adapter
+    from pipeline.core.losses import next_token_loss
+    from pipeline.core.tensors import masked_mean
+    from pipeline.models.loading import load_policy, unwrap_peft
 
     model = load_policy(folder / "sft", Adapter(adapter="lora")).train()
     if checkpointing:
-        base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
+        unwrap_peft(model).gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
     for _ in range(2):
         ids = torch.randint(10, 300, (ROWS, PROMPT + RESPONSE))
@@ -84,22 +86,25 @@ def ppo_with(reward: str, folder: Path, checkpointing: bool) -> None:
     from accelerate import Accelerator
 
     from pipeline import ppo
-    from pipeline.actor_critic import ActorCritic, ValueHead, load_reward
-    from pipeline.config import PPO, Adapter, Sampling
-    from pipeline.models import load_policy
-    from pipeline.rollout import Rollout, generate, to_experience
-    from pipeline.tensors import identity, response_mask
-    from pipeline.tokenizing import load_tokenizer
+    from pipeline.config.dials import Adapter, Sampling
+    from pipeline.config.stages import PPO
+    from pipeline.core.tensors import identity, response_mask
+    from pipeline.data.tokenizer import load_tokenizer
+    from pipeline.models.actor_critic import ActorCritic, add_reward_model
+    from pipeline.models.heads import ValueHead
+    from pipeline.models.loading import load_policy
+    from pipeline.rl.experience import to_experience
+    from pipeline.rl.rollout import Rollout, generate
 
     config = PPO(
         sampling=Sampling(max_new_tokens=RESPONSE, max_prompt_tokens=PROMPT), rollout_batch=ROWS, micro_batch=ROWS,
-        epochs=1, minibatches=1, gradient_checkpointing=checkpointing, critic_warmup=0,
+        num_ppo_epochs=1, num_mini_batches=1, gradient_checkpointing=checkpointing, critic_warmup=0,
     )  # fmt: skip
     accelerator = Accelerator(cpu=True)
     tokenizer = load_tokenizer(folder / "sft")
     policy = load_policy(folder / "sft", Adapter(adapter="lora"))
-    reward_model = load_reward(folder / reward, policy)
-    critic = ppo.make_critic("reward", policy, reward_model, tokenizer.pad_token_id)
+    reward_model = add_reward_model(folder / reward, policy)
+    critic = ppo.add_critic("reward", policy, reward_model, tokenizer.pad_token_id)
     head = reward_model if isinstance(reward_model, ValueHead) else None
     actor_critic = ActorCritic(policy, critic, 1.0, tokenizer.pad_token_id, head).eval()
     if checkpointing:
@@ -121,10 +126,10 @@ def ppo_with(reward: str, folder: Path, checkpointing: bool) -> None:
 def measure(case: str, folder: Path, checkpointing: bool) -> None:
     """Runs a case in this process and prints its figures."""
     from pipeline import ppo  # so that what importing takes is not counted
-    from pipeline.process import quiet
+    from pipeline.runtime.console import silence_libraries
 
     assert ppo
-    quiet()
+    silence_libraries()
     before, started = kibibytes("VmRSS"), time.monotonic()
     run = one_adapter if case == "adapter" else partial(ppo_with, case)
     run(folder, checkpointing)

@@ -22,8 +22,8 @@ from typing import Any
 
 from plots import draw
 
-from pipeline.judges import mean_ci
-from pipeline.report import TITLES, bounds, interval, markdown_table
+from pipeline.evaluation.report import TITLES, format_bounds, format_interval, markdown_table
+from pipeline.evaluation.statistics import mean_ci
 
 CHAIN = ("pretrain", "sft", "reward", "ppo", "merge", "evaluate")
 
@@ -89,7 +89,7 @@ def page(seeds: list[int], reports: list[dict[str, Any]]) -> list[str]:
         return title, *(over_seeds(reduce(getitem, path, policy) for policy in column) for column in policies)
 
     runs = [(seed, kind, report[kind]) for kind in KINDS for seed, report in zip(seeds, reports, strict=True)]
-    bounds_of = {row["name"].split(" (")[0]: bounds(row["low"], row["high"]) for row in runs[0][2]["health"]}
+    bounds_of = {row["name"].split(" (")[0]: format_bounds(row["low"], row["high"]) for row in runs[0][2]["health"]}
     return [
         "# Results of the default recipe",
         "",
@@ -137,7 +137,7 @@ def page(seeds: list[int], reports: list[dict[str, Any]]) -> list[str]:
                 (
                     KINDS[kind],
                     str(seed),
-                    *(interval(report["ppo_against_sft"][name]["difference"]) for name in TITLES),
+                    *(format_interval(report["ppo_against_sft"][name]["difference"]) for name in TITLES),
                     " / ".join(f"{report['ppo_against_sft'][name]['win_rate']['value']:.3f}" for name in TITLES),
                 )
                 for seed, kind, report in runs

@@ -29,8 +29,13 @@ def main() -> None:
     ]
     for hidden, intermediate, layers, heads in SIZES:
         runs = given.runs / str(hidden)
-        dials = {"hidden_size": hidden, "intermediate_size": intermediate, "layers": layers, "heads": heads}
-        dials |= {"epochs": given.epochs, "runs": runs, "seed": 1, "report_to": "none"}
+        dials = {
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
+        dials |= {"num_train_epochs": given.epochs, "runs": runs, "seed": 1, "report_to": "none"}
         command = [sys.executable, "stages/pretrain.py", *(f"--{name}={value}" for name, value in dials.items())]
         subprocess.run(command, check=True)
         run = json.loads((runs / "imdb/pretrain/run.json").read_text(encoding="utf-8"))

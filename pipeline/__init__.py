@@ -1,1 +1,4 @@
-"""A language model from raw text to PPO-aligned policy: stages that meet on disk, and the maths they share."""
+"""From raw text to an aligned policy: pretrain -> sft -> reward -> ppo -> merge -> evaluate, chat.
+
+The modules beside this file are those stages; what they are made of is in the packages.
+"""

@@ -5,33 +5,35 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from pipeline.config import Chat, Sampling
-from pipeline.data import decode
-from pipeline.formats import Text
-from pipeline.models import Policy, base_of, check_model, frozen, load_language_model
-from pipeline.process import console, processes, quiet
-from pipeline.rollout import generate
-from pipeline.run import read_done
-from pipeline.tokenizing import same_tokenizer
+from pipeline.config.dials import Sampling
+from pipeline.config.stages import Chat
+from pipeline.data.formats import Text
+from pipeline.data.tokenize import decode
+from pipeline.data.tokenizer import load_shared_tokenizer
+from pipeline.models.loading import Policy, check_model, freeze, load_language_model, unwrap_peft
+from pipeline.rl.rollout import generate
+from pipeline.runtime.console import console, silence_libraries
+from pipeline.runtime.process import processes
+from pipeline.runtime.stage_run import read_done
 
 HELP = """Every policy answers from the same noise and remembers what was said. /new starts over, an empty line ends."""
 
 
 def talk(config: Chat) -> None:
     """Answers `config.prompt`, or what is typed line by line until an empty line."""
-    quiet()
+    silence_libraries()
     paths = {"base": config.run.final("pretrain"), "sft": config.run.final("sft"), "ppo": config.run.final("merge")}
     paths = {name: path for name, path in paths.items() if name in config.policies.split(",")}
     for path in paths.values():
         read_done(path)
-    tokenizer = same_tokenizer({name: paths[name] for name in sorted(paths, key=["sft", "ppo", "base"].index)})
+    tokenizer = load_shared_tokenizer({name: paths[name] for name in sorted(paths, key=["sft", "ppo", "base"].index)})
     models: dict[str, Policy] = {
-        name: frozen(load_language_model(path)).to(processes().device) for name, path in paths.items()
+        name: freeze(load_language_model(path)).to(processes().device) for name, path in paths.items()
     }
     sampling = config.sampling
     for name, model in models.items():
         room = getattr(model.config, "max_position_embeddings", 10**9) - sampling.max_new_tokens
-        check_model(base_of(model), tokenizer, sampling.max_new_tokens + 1, paths[name])
+        check_model(unwrap_peft(model), tokenizer, sampling.max_new_tokens + 1, paths[name])
         sampling = replace(sampling, max_prompt_tokens=min(room, sampling.max_prompt_tokens))
     if config.prompt:
         answer(config.prompt, {}, models, tokenizer, sampling, config.run.seed)

@@ -13,27 +13,31 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.actor_critic import response_logprobs
-from pipeline.config import Evaluate, Sampling
-from pipeline.data import decode
-from pipeline.formats import Text, shown
-from pipeline.judges import (
-    Classifier,
-    Vader,
+from pipeline.config.dials import Sampling
+from pipeline.config.stages import Evaluate
+from pipeline.data.formats import Text, display_text
+from pipeline.data.sources import hash_sources
+from pipeline.data.tokenize import decode
+from pipeline.data.tokenizer import load_shared_tokenizer
+from pipeline.evaluation.judges import Classifier, Vader, fit_judge
+from pipeline.evaluation.report import show, write
+from pipeline.evaluation.statistics import (
     length_controlled_difference,
     mean_ci,
     paired_difference_ci,
     share_ci,
-    text_statistics,
     win_rate_ci,
 )
-from pipeline.models import check_model, frozen, load_language_model, load_reward_model
-from pipeline.process import autocast, new_accelerator, quiet
-from pipeline.report import show, write
-from pipeline.rollout import Rollout, generate, read_prompts
-from pipeline.run import StageRun
-from pipeline.scoring import fitted_judge, reward_model_scores
-from pipeline.tokenizing import same_tokenizer
+from pipeline.evaluation.text import text_statistics
+from pipeline.models.forward import response_logprobs
+from pipeline.models.heads import load_reward_model
+from pipeline.models.loading import check_model, freeze, load_language_model
+from pipeline.rl.rewards import reward_model_scores
+from pipeline.rl.rollout import Rollout, generate, read_prompts
+from pipeline.runtime.console import silence_libraries
+from pipeline.runtime.launch import new_accelerator
+from pipeline.runtime.precision import autocast
+from pipeline.runtime.stage_run import StageRun
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Responses:
 
 def train(config: Evaluate) -> Path:
     """Writes evaluation.json, evaluation.md and samples, prints the table, and returns the `final` directory."""
-    quiet()
+    silence_libraries()
     names = {"base": ("pretrain", config.base), "sft": ("sft", config.sft), "ppo": ("merge", config.policy)}
     paths = {name: config.run.final(*place) for name, place in names.items()}
     reward = config.run.final("reward", config.reward)
@@ -65,17 +69,17 @@ def train(config: Evaluate) -> Path:
         "evaluate",
         config,
         {**paths, "reward": reward},
-        [file for file in (config.prompts_file, config.judge_file) if file],
+        hash_sources(file for file in (config.prompts_file, config.judge_file) if file),
     )
     if stage.is_finished():
         show(json.loads((stage.final / "evaluation.json").read_text(encoding="utf-8")), stage.final, paths["ppo"])
         return stage.final
     with stage:
-        tokenizer = same_tokenizer({"sft": paths["sft"], **paths, "reward": reward})
+        tokenizer = load_shared_tokenizer({"sft": paths["sft"], **paths, "reward": reward})
         prompts = read_prompts(config.prompts_file, config.prompts, tokenizer, config)
-        classifier = fitted_judge(config.judge_file, config.run.seed) if config.judge_file else None
+        classifier = fit_judge(config.judge_file, config.run.seed) if config.judge_file else None
         measured = measure(prompts, tokenizer, paths, reward, classifier, config, stage)
-        asked = [shown(prompt) for prompt in prompts]
+        asked = [display_text(prompt) for prompt in prompts]
         report = compare(measured, asked, classifier)
         rows = [
             {"prompt": prompt} | {name: measured[name].texts[i] for name in measured}
@@ -99,8 +103,8 @@ def measure(
 ) -> dict[str, Responses]:
     """One response per prompt from each policy, from the same noise, with every measurement."""
     accelerator = new_accelerator(config.run.precision)
-    models = {name: frozen(load_language_model(path)).to(accelerator.device) for name, path in paths.items()}
-    reward_model = frozen(load_reward_model(reward)).to(accelerator.device)
+    models = {name: freeze(load_language_model(path)).to(accelerator.device) for name, path in paths.items()}
+    reward_model = freeze(load_reward_model(reward)).to(accelerator.device)
     for name, model in models.items():
         check_model(model, tokenizer, config.sampling.max_prompt_tokens + config.sampling.max_new_tokens, paths[name])
     vader = Vader()

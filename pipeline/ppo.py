@@ -3,7 +3,7 @@
     for each rollout:
         generate         prompts -> responses sampled from the policy
         to_experience    old log-probabilities, values, k1 KL, token rewards, GAE, whitening: once, without gradient
-        update           epochs x minibatches of   L = L_policy + value_coef * L_value - entropy_coef * H
+        update           epochs x minibatches of   L = L_policy + vf_coef * L_value - entropy_coef * H
 
 Policy and critic are one module with one optimiser, prepared once. Each mean divides by one number of tokens, counted
 over all micro-batches and processes of the optimiser step, so neither changes the mathematics.
@@ -26,23 +26,40 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.actor_critic import ActorCritic, Critic, ValueHead, load_reward, response_logprobs
-from pipeline.advantages import adapted_kl_coef
-from pipeline.config import PPO, Sampling, UserError, exact
-from pipeline.formats import Text
-from pipeline.judges import Vader
-from pipeline.keeping import Progress, checkpoint, evaluated, keep, origins, resumed, save
-from pipeline.losses import policy_loss, value_loss
-from pipeline.models import Policy, base_of, check_model, frozen, load_policy, new_classifier
-from pipeline.monitor import EVALUATED, Judge, alarm, check_first_rollout, evaluate_policy, rollout_metrics
-from pipeline.process import autocast, new_accelerator, processes, quiet, say
-from pipeline.roles import CRITIC, REFERENCE, REWARD, add_role, config_of, copy_role
-from pipeline.rollout import Experience, Forward, Rollout, ScoreFunction, generate, read_prompts, to_experience
-from pipeline.run import StageRun
-from pipeline.scoring import fitted_judge, reward_model_scores, role_scores
-from pipeline.shards import empty_copy, gathering_cost, has_engine, in_pieces, whole
-from pipeline.tensors import masked_mean
-from pipeline.tokenizing import same_tokenizer
+from pipeline.config.dials import Sampling, exact
+from pipeline.config.errors import UserError
+from pipeline.config.stages import PPO
+from pipeline.core.advantages import next_kl_coef
+from pipeline.core.losses import policy_loss, value_loss
+from pipeline.core.tensors import masked_mean
+from pipeline.data.formats import Text
+from pipeline.data.sources import hash_sources
+from pipeline.data.tokenizer import load_shared_tokenizer
+from pipeline.evaluation.judges import Vader, fit_judge
+from pipeline.models.actor_critic import ActorCritic, add_reward_model
+from pipeline.models.forward import response_logprobs
+from pipeline.models.heads import Critic, ValueHead, new_classifier
+from pipeline.models.loading import Policy, check_model, freeze, load_policy, unwrap_peft
+from pipeline.models.multi_adapter import CRITIC, REFERENCE, REWARD, adapter_config, add_adapter, copy_adapter
+from pipeline.models.sharding import gathered, gathering_cost, is_sharded, meta_copy
+from pipeline.rl.experience import Experience, Forward, ScoreFunction, to_experience
+from pipeline.rl.monitor import EVALUATED, Judge, check_first_rollout, evaluate_policy, reason_to_stop, rollout_metrics
+from pipeline.rl.progress import (
+    Progress,
+    load_progress,
+    record_evaluation,
+    restore_kept,
+    role_origins,
+    save_actor_critic,
+    save_progress,
+)
+from pipeline.rl.rewards import adapter_reward_scores, reward_model_scores
+from pipeline.rl.rollout import Rollout, generate, read_prompts
+from pipeline.runtime.console import print_main, silence_libraries
+from pipeline.runtime.launch import new_accelerator, uses_deepspeed
+from pipeline.runtime.precision import autocast
+from pipeline.runtime.process import processes
+from pipeline.runtime.stage_run import StageRun
 
 EXTREMES = {"ratio_min": torch.amin, "ratio_max": torch.amax}  # of an update, where all else is a mean
 MOST_SKIPPED = 5  # optimiser steps in a row without a finite gradient before the run is stopped
@@ -55,7 +72,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
     read); `judges` give each text a number for the evaluations, as `judge_file` does, and have no part in training.
     A finished stage is told apart by their names, not by what they compute.
     """
-    quiet()
+    silence_libraries()
     config.micro_batches(processes().num_processes)  # a batch that does not divide is refused before any work
     exact(config.eval_prompts, processes().num_processes, "eval_prompts / processes")
     parents = {"sft": config.run.final("sft", config.sft)}
@@ -66,25 +83,25 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
     given |= {} if judges is None else {"judges": ",".join(judges)}
     if names := set(judges or {}) & set(EVALUATED):
         raise UserError(f"judges: {', '.join(sorted(names))}: figures of that name are measured already; choose others")
-    stage = StageRun("ppo", config, parents, files, given)
+    stage = StageRun("ppo", config, parents, hash_sources(files), given)
     if stage.is_finished():
         return stage.final
     with stage:
         accelerator = new_accelerator(config.run.precision)
         set_seed(config.run.seed)  # the same weights on every process
-        tokenizer = same_tokenizer(parents)
+        tokenizer = load_shared_tokenizer(parents)
         longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
         policy = load_policy(parents["sft"], config.adapter)
-        check_model(base_of(policy), tokenizer, longest, parents["sft"])
-        reward_model = load_reward(parents["reward"], policy) if "reward" in parents else None
-        critic = make_critic(config.critic, policy, reward_model, tokenizer.pad_token_id)
+        check_model(unwrap_peft(policy), tokenizer, longest, parents["sft"])
+        reward_model = add_reward_model(parents["reward"], policy) if "reward" in parents else None
+        critic = add_critic(config.critic, policy, reward_model, tokenizer.pad_token_id)
         reward_head = reward_model if isinstance(reward_model, ValueHead) else None
         pad_id, temperature = tokenizer.pad_token_id, config.sampling.temperature
         actor_critic = ActorCritic(policy, critic, temperature, pad_id, reward_head).eval()
-        reference_model = None if isinstance(policy, PeftModel) else frozen(deepcopy(policy)).to(accelerator.device)
+        reference_model = None if isinstance(policy, PeftModel) else freeze(deepcopy(policy)).to(accelerator.device)
         if config.gradient_checkpointing:
             actor_critic.checkpoint_activations()
-        empty = empty_copy(actor_critic) if in_pieces(accelerator) else None
+        empty = meta_copy(actor_critic) if is_sharded(accelerator) else None
         optimizer, scheduler = make_optimizer(actor_critic, config)
         prepared, optimizer = prepare(accelerator, actor_critic, optimizer, config)
         # Other samples on every process; not seed + 1, which is another run's.
@@ -97,7 +114,7 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         if score is None:
             score = make_score(prepared, reward_model, accelerator.device)
         if judges is None and config.judge_file and accelerator.is_main_process:
-            judges = {"vader": Vader(), "classifier": fitted_judge(config.judge_file, config.run.seed)}
+            judges = {"vader": Vader(), "classifier": fit_judge(config.judge_file, config.run.seed)}
         reference = make_reference(prepared, reference_model, actor_critic.temperature, actor_critic.pad_id)
         experience_of = partial(
             to_experience, actor_critic=prepared, reference=reference, score=score,
@@ -106,19 +123,19 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
         sample = partial(sampled, actor_critic, empty, tokenizer, config.sampling)
         evaluate = partial(evaluate_policy, held_out, sample, tokenizer, experience_of, accelerator, judges or {})
         if empty is not None:
-            say(gathering_cost("ppo", actor_critic.policy, empty.policy))
+            print_main(gathering_cost("ppo", actor_critic.policy, empty.policy))
         progress = Progress(0, [], 0, config.kl_coef)
         if stage.resumed:
-            progress = resumed(stage.resumed, accelerator, prepared, optimizer, scheduler)
+            progress = load_progress(stage.resumed, accelerator, prepared, optimizer, scheduler)
             config = replace(config, kl_coef=progress.kl_coef)
         history, skipped = progress.history, progress.skipped
         for _ in range(progress.rollouts):
             next(batches)
         for step in range(progress.rollouts, config.rollouts):
-            if step % config.eval_every == 0:
+            if step % config.eval_steps == 0:
                 stage.heartbeat.enter(f"evaluation {step}")
-                history.append(evaluated(stage, step, evaluate(config, history), actor_critic, history))
-                if alarm(history, config):
+                history.append(record_evaluation(stage, step, evaluate(config, history), actor_critic, history))
+                if reason_to_stop(history, config):
                     break
             started = time.monotonic()
             stage.heartbeat.enter(f"rollout {step}")
@@ -148,19 +165,19 @@ def train(config: PPO, score: ScoreFunction | None = None, judges: Mapping[str, 
             )  # fmt: skip
             if due(step + 1, config):
                 progress = Progress(step + 1, history, skipped, config.kl_coef)
-                checkpoint(stage, progress, accelerator, prepared, optimizer, scheduler)
+                save_progress(stage, progress, accelerator, prepared, optimizer, scheduler)
         else:
-            history.append(evaluated(stage, config.rollouts, evaluate(config, history), actor_critic, history))
-        kept, summary = keep(history, actor_critic, empty, config)
-        return stage.finish(partial(save, kept, tokenizer), summary | {"roles": origins(kept)})
+            history.append(record_evaluation(stage, config.rollouts, evaluate(config, history), actor_critic, history))
+        kept, summary = restore_kept(history, actor_critic, empty, config)
+        return stage.finish(partial(save_actor_critic, kept, tokenizer), summary | {"roles": role_origins(kept)})
 
 
 def due(done: int, config: PPO) -> bool:
     """Whether a checkpoint is made after so many rollouts; the last one's work is in `final/`."""
-    return bool(config.run.checkpoint_every) and done % config.run.checkpoint_every == 0 and done < config.rollouts
+    return bool(config.run.save_steps) and done % config.run.save_steps == 0 and done < config.rollouts
 
 
-def make_critic(
+def add_critic(
     kind: str, policy: Policy, reward_model: PreTrainedModel | ValueHead | None, pad_id: int
 ) -> Critic | ValueHead:
     """What `critic` names: a model of its own or a role on the policy's base, from the reward model or from SFT, or a
@@ -168,7 +185,7 @@ def make_critic(
 
     A role where what it is made from is one, and from SFT where the policy is an adapter.
     """
-    width = base_of(policy).config.hidden_size
+    width = unwrap_peft(policy).config.hidden_size
     if kind == "head":
         return ValueHead(width)
     if kind == "reward" and isinstance(reward_model, PreTrainedModel):
@@ -178,12 +195,12 @@ def make_critic(
     critic = ValueHead(width, CRITIC)
     if kind == "reward":
         assert isinstance(reward_model, ValueHead)
-        copy_role(policy, REWARD, CRITIC)
+        copy_adapter(policy, REWARD, CRITIC)
         critic.load_state_dict(reward_model.state_dict())
     elif REFERENCE in policy.peft_config:
-        copy_role(policy, REFERENCE, CRITIC)
+        copy_adapter(policy, REFERENCE, CRITIC)
     else:
-        add_role(policy, CRITIC, config_of(policy))
+        add_adapter(policy, CRITIC, adapter_config(policy))
     return critic
 
 
@@ -191,7 +208,7 @@ def prepare(
     accelerator: Accelerator, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, config: PPO
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Module and optimiser as the launch asks: DDP, a DeepSpeed engine or FSDP around them, or nothing."""
-    plugin = accelerator.state.deepspeed_plugin if has_engine(accelerator) else None
+    plugin = accelerator.state.deepspeed_plugin if uses_deepspeed(accelerator) else None
     if plugin is not None:  # what its engine wants to know beforehand
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": min(config.micro_batch, config.per_process(accelerator.num_processes)),
@@ -211,7 +228,7 @@ def sampled(
 
     No process waits for another while it samples, so rows may end where they like.
     """
-    with whole(actor_critic.policy, None if empty is None else empty.policy) as policy:
+    with gathered(actor_critic.policy, None if empty is None else empty.policy) as policy:
         return generate(policy, tokenizer, prompts, sampling)
 
 
@@ -226,7 +243,7 @@ def make_score(prepared: nn.Module, reward_model: PreTrainedModel | ValueHead | 
     """The reward model's score: of a model of its own, or of the reward role on the policy's base."""
     if isinstance(reward_model, PreTrainedModel):
         return partial(reward_model_scores, reward_model.to(device))
-    return partial(role_scores, prepared)
+    return partial(adapter_reward_scores, prepared)
 
 
 def make_optimizer(
@@ -243,7 +260,7 @@ def make_optimizer(
     for name, parameter in actor_critic.named_parameters():
         if parameter.requires_grad:
             groups[CRITIC in name.split(".")]["params"].append(parameter)
-    optimizer = torch.optim.Adam(groups, eps=config.adam_eps)
+    optimizer = torch.optim.Adam(groups, eps=config.adam_epsilon)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.rollouts)
 
 
@@ -273,10 +290,10 @@ def update(
     and how many there are in a row now is returned. Raises FloatingPointError when they are too many.
     """
     actor_critic.train(config.gradient_checkpointing)
-    own = len(experience) // config.minibatches
+    own = len(experience) // config.num_mini_batches
     statistics: dict[str, list[Tensor]] = {}
     skips = epochs = 0
-    for _ in range(config.epochs):
+    for _ in range(config.num_ppo_epochs):
         epochs += 1
         for rows in torch.randperm(len(experience)).split(own):
             tokens = accelerator.reduce(experience.response_mask[rows].sum(), "sum")
@@ -284,7 +301,7 @@ def update(
             parts = experience.micro_batches(rows, config.micro_batch)
             for number, part in enumerate(parts):
                 accelerator.sync_gradients = last = number == len(parts) - 1
-                with nullcontext() if last or has_engine(accelerator) else accelerator.no_sync(actor_critic):
+                with nullcontext() if last or uses_deepspeed(accelerator) else accelerator.no_sync(actor_critic):
                     with autocast(config.run.precision):
                         loss, sums = ppo_loss(actor_critic, part, config, tokens, trains_policy)
                     # DDP averages gradients over processes; the sum over tokens wants their total.
@@ -309,7 +326,7 @@ def update(
                         "look at the last lines of metrics.jsonl"
                     )
         if config.target_kl is not None and statistics:
-            steps = statistics["approx_kl"][-config.minibatches :]
+            steps = statistics["approx_kl"][-config.num_mini_batches :]
             if accelerator.reduce(torch.stack(steps).mean(), "sum") > 1.5 * config.target_kl:
                 break
     actor_critic.eval()
@@ -329,7 +346,7 @@ def optimiser_step(
 
     The same on every process, since gradients are averaged over processes before. Gradients are gone afterwards.
     """
-    if has_engine(accelerator):  # it has done all that in the last backward
+    if uses_deepspeed(accelerator):  # it has done all that in the last backward
         norm = actor_critic.get_global_grad_norm()  # type: ignore[operator]  # a method of DeepSpeed's engine
         return torch.tensor(float(norm), device=accelerator.device)
     norm = accelerator.clip_grad_norm_(actor_critic.parameters(), max_norm)
@@ -344,7 +361,7 @@ def adapted(config: PPO, kl: float) -> PPO:
     """The config with kl_coef moved towards where KL is `adaptive_kl`; the same config when there is none."""
     if config.adaptive_kl is None:
         return config
-    kl_coef = adapted_kl_coef(config.kl_coef, kl, config.adaptive_kl, config.rollout_batch, config.adaptive_kl_horizon)
+    kl_coef = next_kl_coef(config.kl_coef, kl, config.adaptive_kl, config.rollout_batch, config.adaptive_kl_horizon)
     return replace(config, kl_coef=kl_coef)
 
 
@@ -355,7 +372,7 @@ def ppo_loss(
     tokens: Tensor,
     trains_policy: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This micro-batch's part of L = L_policy + value_coef * L_value - entropy_coef * H, and of each logged mean.
+    """This micro-batch's part of L = L_policy + vf_coef * L_value - entropy_coef * H, and of each logged mean.
 
     `tokens` is the number of response tokens in the optimiser step, over all its micro-batches and processes.
     """
@@ -363,14 +380,14 @@ def ppo_loss(
     logprobs, entropies, values = actor_critic(batch.input_ids, batch.attention_mask, batch.size, trains_policy)
     if config.entropy_coef == 0:
         entropies = entropies.detach()  # logged all the same, without the cost of its gradient
-    per_token, policy_stats = policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, config.clip)
-    value_per_token, value_stats = value_loss(values, batch.old_values, batch.returns, mask, config.value_clip)
+    per_token, policy_stats = policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, config.cliprange)
+    value_per_token, value_stats = value_loss(values, batch.old_values, batch.returns, mask, config.cliprange_value)
 
     def mean(x: Tensor) -> Tensor:
         return masked_mean(x, mask, tokens)
 
     policy, value, entropy = mean(per_token), mean(value_per_token), mean(entropies)
-    loss = config.value_coef * value + float(trains_policy) * (policy - config.entropy_coef * entropy)
+    loss = config.vf_coef * value + float(trains_policy) * (policy - config.entropy_coef * entropy)
     means = {"loss": loss, "policy_loss": policy, "value_loss": value, "entropy": entropy}
     means |= {
         "approx_kl": mean(policy_stats["approx_kl"]),

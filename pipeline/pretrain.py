@@ -11,21 +11,20 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
-from pipeline.config import Pretrain, Sampling
-from pipeline.data import decode, language_rows, language_stream
-from pipeline.formats import read_rows, usable
-from pipeline.models import load_language_model, new_language_model, save_policy
-from pipeline.process import processes, quiet, say
-from pipeline.rollout import generate
-from pipeline.run import StageRun
-from pipeline.tokenizing import load_tokenizer, train_tokenizer
-from pipeline.trainers import (
-    NextTokenTrainer,
-    packed_tokens,
-    trained,
-    training_arguments,
-    validation_loss,
-)
+from pipeline.config.dials import Sampling
+from pipeline.config.stages import Pretrain
+from pipeline.data.formats import iterate_rows, read_rows
+from pipeline.data.sources import hash_sources
+from pipeline.data.tokenize import decode, language_rows, language_stream
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.models.loading import load_language_model, new_language_model
+from pipeline.models.saving import save_policy
+from pipeline.rl.rollout import generate
+from pipeline.runtime.console import print_main, silence_libraries
+from pipeline.runtime.process import processes
+from pipeline.runtime.stage_run import StageRun
+from pipeline.training.trainer import NextTokenTrainer, count_tokens, run_training, training_arguments
+from pipeline.training.validation import validation_loss
 
 ENOUGH_TOKENS_PER_PARAMETER = (
     5  # below it a model is mostly its initialisation; 20 is Hoffmann et al., arXiv 2203.15556
@@ -36,9 +35,9 @@ TEMPERATURES = (0.5, 0.8, 1.0)
 
 def train(config: Pretrain) -> Path:
     """Trains a language model with its tokenizer and returns its `final` directory, which `from_pretrained` loads."""
-    quiet()
+    silence_libraries()
     config.optim.accumulation(processes().num_processes)  # a batch that does not divide is refused before any work
-    stage = StageRun("pretrain", config, {}, [config.train_file, config.validation_file])
+    stage = StageRun("pretrain", config, {}, hash_sources([config.train_file, config.validation_file]))
     if stage.is_finished():
         return stage.final
     with stage:
@@ -58,18 +57,18 @@ def train(config: Pretrain) -> Path:
             model=model,
             args=SFTConfig(
                 **training_arguments(config.run, config.optim, stage.folder),
-                max_steps=config.steps or -1,
+                max_steps=config.max_steps or -1,
                 packing=True,
-                packing_strategy=config.packing,
+                packing_strategy=config.packing_strategy,
                 max_length=config.context,
             ),
             train_dataset=rows,
             processing_class=tokenizer,
         )
         metrics = token_budget(model, trainer.train_dataset, config)
-        model = trained(trainer, model, stage)
+        model = run_training(trainer, model, stage)
         metrics |= validation_metrics(model, tokenizer, held_out, config)
-        say(
+        print_main(
             f"pretrain: validation loss {metrics['validation_loss']:.3f} nats/token, perplexity "
             f"{metrics['perplexity']:.1f}, {metrics['bits_per_byte']:.3f} bits per byte"
         )
@@ -80,7 +79,7 @@ def train(config: Pretrain) -> Path:
 def training_texts(config: Pretrain) -> Iterator[str]:
     """The training rows' texts, read one by one."""
     run = config.run
-    return (row["text"] for row in usable(config.train_file, "text", config.train_rows, run.bad_rows, run.seed))
+    return (row["text"] for row in iterate_rows(config.train_file, "text", config.train_rows, run.bad_rows, run.seed))
 
 
 def make_tokenizer(config: Pretrain, texts: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -95,15 +94,15 @@ def make_tokenizer(config: Pretrain, texts: Iterable[str]) -> PreTrainedTokenize
 def token_budget(model: PreTrainedModel, rows: Dataset | IterableDataset, config: Pretrain) -> dict[str, float]:
     """Parameters, training tokens and their ratio; says so when the model is too large for its data."""
     parameters = model.num_parameters()
-    if config.steps:
-        tokens = float(config.steps * config.optim.batch_size * config.context)
+    if config.max_steps:
+        tokens = float(config.max_steps * config.optim.batch_size * config.context)
     else:
         assert isinstance(rows, Dataset)
-        tokens = packed_tokens(rows) * config.optim.epochs
+        tokens = count_tokens(rows) * config.optim.num_train_epochs
     ratio = tokens / parameters
-    say(f"pretrain: {parameters:,} parameters, {tokens:,.0f} tokens, {ratio:.1f} tokens per parameter")
+    print_main(f"pretrain: {parameters:,} parameters, {tokens:,.0f} tokens, {ratio:.1f} tokens per parameter")
     if ratio < ENOUGH_TOKENS_PER_PARAMETER:
-        say(
+        print_main(
             f"pretrain: warning: fewer than {ENOUGH_TOKENS_PER_PARAMETER} tokens per parameter: "
             "more text would teach this model more"
         )

@@ -15,30 +15,40 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from pipeline.config import Reward
-from pipeline.data import IGNORED, length_batches, pad, preference_rows, show_example, with_chat_template
-from pipeline.formats import read_rows, whole
-from pipeline.judges import by_bucket, linear_pair_baseline, longer_wins, pair_accuracy, share_ci
-from pipeline.models import (
-    Policy,
-    base_of,
-    check_model,
-    frozen,
-    is_4bit,
-    keep_fp32,
-    load_language_model,
-    loaded_reward_model,
-    new_reward_model,
-    save_with_base,
-    with_adapter,
-    without_dropout,
+from pipeline.config.stages import Reward
+from pipeline.data.formats import full_text, read_rows
+from pipeline.data.sources import hash_sources
+from pipeline.data.tokenize import (
+    IGNORE_INDEX,
+    ensure_chat_template,
+    length_batches,
+    pad_rows,
+    preference_rows,
+    show_example,
 )
-from pipeline.process import autocast, processes, quiet, say
-from pipeline.rollout import generate, read_prompts
-from pipeline.run import StageRun
-from pipeline.scoring import reward_model_scores
-from pipeline.tokenizing import ModelError, same_tokenizer
-from pipeline.trainers import in_length_batches, trained, training_arguments
+from pipeline.data.tokenizer import ModelError, load_shared_tokenizer
+from pipeline.evaluation.judges import linear_pair_baseline, longer_wins
+from pipeline.evaluation.statistics import by_bucket, pair_accuracy, share_ci
+from pipeline.models.heads import load_reward_model_with_adapter, new_reward_model
+from pipeline.models.loading import (
+    Policy,
+    cast_trained_to_fp32_,
+    check_model,
+    disable_dropout_,
+    freeze,
+    is_4bit,
+    load_language_model,
+    unwrap_peft,
+    wrap_with_adapter,
+)
+from pipeline.models.saving import save_with_base
+from pipeline.rl.rewards import reward_model_scores
+from pipeline.rl.rollout import generate, read_prompts
+from pipeline.runtime.console import print_main, silence_libraries
+from pipeline.runtime.precision import autocast
+from pipeline.runtime.process import processes
+from pipeline.runtime.stage_run import StageRun
+from pipeline.training.trainer import group_by_length, run_training, training_arguments
 
 PROBES = 8  # texts whose scores must be the same after loading
 TOLERANCE = 1e-5
@@ -47,31 +57,33 @@ MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)  # rating points; pairs from 
 
 def train(config: Reward) -> Path:
     """Trains the reward model and returns its `final` directory: a sequence classifier with its shift in the config."""
-    quiet()
+    silence_libraries()
     config.optim.accumulation(processes().num_processes)  # a batch that does not divide is refused before any work
     base, sft = config.run.final("pretrain", config.base), config.run.final("sft", config.sft)
     files = [config.train_file, config.validation_file, config.test_file, config.prompts_file]
-    stage = StageRun("reward", config, {"base": base, "sft": sft}, files)
+    stage = StageRun("reward", config, {"base": base, "sft": sft}, hash_sources(files))
     if stage.is_finished():
         return stage.final
     with stage:
         set_seed(config.run.seed)
-        tokenizer = same_tokenizer({"sft": sft, "base": base})
+        tokenizer = load_shared_tokenizer({"sft": sft, "base": base})
         model: Policy = new_reward_model(base, tokenizer, config.adapter.load_in_4bit)
         if config.adapter.adapter != "none":
-            model = with_adapter(base_of(model), config.adapter, TaskType.SEQ_CLS)
+            model = wrap_with_adapter(unwrap_peft(model), config.adapter, TaskType.SEQ_CLS)
         pairs = read_rows(config.train_file, "pair", config.train_rows, config.run.bad_rows, config.run.seed)
-        with_chat_template(tokenizer, pairs)
-        rows, longer = preference_rows(tokenizer, pairs, config.max_tokens, config.too_long)
-        say(f"reward: {len(rows):,} pairs; {longer:,} were longer than {config.max_tokens} tokens ({config.too_long})")
+        ensure_chat_template(tokenizer, pairs)
+        rows, longer = preference_rows(tokenizer, pairs, config.max_length, config.too_long)
+        print_main(
+            f"reward: {len(rows):,} pairs; {longer:,} were longer than {config.max_length} tokens ({config.too_long})"
+        )
         sampled = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
-        check_model(base_of(model), tokenizer, max(sampled, *pair_lengths(rows)), base)
+        check_model(unwrap_peft(model), tokenizer, max(sampled, *pair_lengths(rows)), base)
         first = rows[0]["chosen_ids"]
-        show_example(tokenizer, first, [IGNORED] * (len(first) - 1) + first[-1:], "chosen, scored at")
+        show_example(tokenizer, first, [IGNORE_INDEX] * (len(first) - 1) + first[-1:], "chosen, scored at")
         trainer = new_trainer(model, tokenizer, rows, config, stage.folder)
-        keep_fp32(model)
-        trained_model = trained(trainer, model, stage).eval()
-        model = base_of(trained_model)
+        cast_trained_to_fp32_(model)
+        trained_model = run_training(trainer, model, stage).eval()
+        model = unwrap_peft(trained_model)
         model.config.score_shift = mean_score_of_samples(model, tokenizer, sft, config)
         metrics: dict[str, Any] = {
             "pairs": len(rows),
@@ -81,7 +93,7 @@ def train(config: Reward) -> Path:
         metrics["validation"] = held_out_accuracy(model, tokenizer, config.validation_file, config, pairs=None)
         metrics["test"] = held_out_accuracy(model, tokenizer, config.test_file, config, pairs=pairs)
         test = metrics["test"]
-        say(
+        print_main(
             f"reward: held-out pair accuracy {test['accuracy']['value']:.3f} "
             f"[{test['accuracy']['low']:.3f}, {test['accuracy']['high']:.3f}] on {test['accuracy']['n']:,} pairs; "
             f"TF-IDF + ridge {test['linear_baseline']['value']:.3f}; longer wins {test['longer_wins']['value']:.3f}"
@@ -137,7 +149,7 @@ def new_trainer(
             train_sampling_strategy="sequential",
             max_length=None,
         ),
-        train_dataset=in_length_batches(rows, pair_lengths(rows), config.optim.batch_size, config.run.seed),
+        train_dataset=group_by_length(rows, pair_lengths(rows), config.optim.batch_size, config.run.seed),
         processing_class=tokenizer,
     )
 
@@ -156,11 +168,11 @@ def save(model: Policy, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Seq
 
     Raises ModelError, and so nothing is finished, if what it loads does not score the probes as the model here does.
     """
-    ids, mask = (x.to(model.device) for x in pad(probes, tokenizer.pad_token_id, "right"))
-    expected = reward_model_scores(base_of(model), ids, mask)
+    ids, mask = (x.to(model.device) for x in pad_rows(probes, tokenizer.pad_token_id, "right"))
+    expected = reward_model_scores(unwrap_peft(model), ids, mask)
     save_with_base(model, folder)
     tokenizer.save_pretrained(folder)
-    again = frozen(without_dropout(loaded_reward_model(folder, is_4bit(model)))).to(processes().device)
+    again = freeze(disable_dropout_(load_reward_model_with_adapter(folder, is_4bit(model)))).to(processes().device)
     error = (reward_model_scores(again, ids, mask) - expected).abs().max().item()
     if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ModelError(f"reward: what was saved scores texts otherwise than what was trained, by up to {error:.2g}")
@@ -172,7 +184,7 @@ def score_rows(
     """Scores (n,) of token rows, in batches of like lengths, each process computing all of them."""
     scores = np.zeros(len(rows))
     for part in length_batches(list(map(len, rows)), 2 * config.optim.micro_batch):
-        ids, mask = pad([rows[row] for row in part], tokenizer.pad_token_id, "right")
+        ids, mask = pad_rows([rows[row] for row in part], tokenizer.pad_token_id, "right")
         with autocast(config.run.precision):
             scores[part] = reward_model_scores(model, ids.to(model.device), mask.to(model.device)).cpu().numpy()
     return scores
@@ -182,7 +194,7 @@ def mean_score_of_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sft: Path, config: Reward
 ) -> float:
     """Mean score of responses sampled from the SFT policy, whole or cut off alike: the zero point of the scale."""
-    policy = frozen(load_language_model(sft)).to(processes().device)
+    policy = freeze(load_language_model(sft)).to(processes().device)
     prompts = read_prompts(config.prompts_file, config.centre_prompts, tokenizer, config)
     torch.manual_seed(config.run.seed)
     scores = []
@@ -201,12 +213,12 @@ def held_out_accuracy(
     With the training `pairs` also a linear baseline fitted on them and tested on the same held-out pairs.
     """
     rows = read_rows(file, "pair", config.validation_rows, config.run.bad_rows)
-    with_chat_template(tokenizer, rows)
+    ensure_chat_template(tokenizer, rows)
     tokens, _ = preference_rows(tokenizer, rows, 10**9, "error")
     chosen, rejected = (score_rows(model, tokenizer, tokens[side], config) for side in ("chosen_ids", "rejected_ids"))
     correct = pair_accuracy(chosen - rejected)
     margins = np.array(tokens["margin"])
-    texts = [[whole(row["prompt"], row[side]) for row in rows] for side in ("chosen", "rejected")]
+    texts = [[full_text(row["prompt"], row[side]) for row in rows] for side in ("chosen", "rejected")]
     lengths = np.array([len(ids) for side in ("chosen_ids", "rejected_ids") for ids in tokens[side]])
     report: dict[str, Any] = {
         "accuracy": asdict(share_ci(correct)),
@@ -220,7 +232,7 @@ def held_out_accuracy(
         "score_length_correlation": float(np.corrcoef(np.concatenate([chosen, rejected]), lengths)[0, 1]),
     }
     if pairs is not None:
-        train = [[whole(row["prompt"], row[side]) for row in pairs] for side in ("chosen", "rejected")]
+        train = [[full_text(row["prompt"], row[side]) for row in pairs] for side in ("chosen", "rejected")]
         baseline = linear_pair_baseline(train[0], train[1], [row["margin"] for row in pairs], texts[0], texts[1])
         report["linear_baseline"] = asdict(share_ci(baseline))
     return report

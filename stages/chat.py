@@ -4,13 +4,14 @@ python stages/chat.py --config configs/imdb/chat.yaml
 accelerate launch stages/chat.py --seed 1
 """
 
-from pipeline.config import Chat, parse
+from pipeline.config.parse import parse
+from pipeline.config.stages import Chat
 
 
 def main() -> None:
     config = parse(Chat)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import chat
-    from pipeline.process import stage_main
+    from pipeline.runtime.process import stage_main
 
     stage_main(chat.talk, config)
 

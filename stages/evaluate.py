@@ -4,13 +4,14 @@ python stages/evaluate.py --config configs/imdb/evaluate.yaml
 accelerate launch stages/evaluate.py --seed 1
 """
 
-from pipeline.config import Evaluate, parse
+from pipeline.config.parse import parse
+from pipeline.config.stages import Evaluate
 
 
 def main() -> None:
     config = parse(Evaluate)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import evaluate
-    from pipeline.process import stage_main
+    from pipeline.runtime.process import stage_main
 
     stage_main(evaluate.train, config)
 

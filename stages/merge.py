@@ -9,7 +9,9 @@ python stages/merge.py inspect | verify | merge runs/x/composed   (docs/adapter-
 
 import sys
 
-from pipeline.config import Compose, Inspect, Merge, MergeAdapter, Search, Verify, parse, parse_command
+from pipeline.config.commands import Compose, Inspect, MergeAdapter, Search, Verify
+from pipeline.config.parse import parse, parse_command
+from pipeline.config.stages import Merge
 
 COMMANDS = {"compose": Compose, "verify": Verify, "inspect": Inspect, "merge": MergeAdapter, "search": Search}
 
@@ -18,14 +20,14 @@ def main() -> None:
     command, *rest = sys.argv[1:] or [""]
     if command in COMMANDS:
         dials = parse_command(COMMANDS[command], f"stages/merge.py {command}", rest)  # before torch is imported
-        from pipeline import adapters, search
-        from pipeline.process import stage_main
+        from pipeline.adapters import compose, search
+        from pipeline.runtime.process import stage_main
 
-        stage_main(getattr(search if command == "search" else adapters, command), dials)
+        stage_main(getattr(search if command == "search" else compose, command), dials)
         return
     config = parse(Merge)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import merge
-    from pipeline.process import stage_main
+    from pipeline.runtime.process import stage_main
 
     stage_main(merge.train, config)
 

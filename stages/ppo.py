@@ -4,13 +4,14 @@ python stages/ppo.py --config configs/imdb/ppo.yaml
 accelerate launch stages/ppo.py --seed 1
 """
 
-from pipeline.config import PPO, parse
+from pipeline.config.parse import parse
+from pipeline.config.stages import PPO
 
 
 def main() -> None:
     config = parse(PPO)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import ppo
-    from pipeline.process import stage_main
+    from pipeline.runtime.process import stage_main
 
     stage_main(ppo.train, config)
 

@@ -4,13 +4,14 @@ python stages/pretrain.py --config configs/imdb/pretrain.yaml
 accelerate launch stages/pretrain.py --seed 1
 """
 
-from pipeline.config import Pretrain, parse
+from pipeline.config.parse import parse
+from pipeline.config.stages import Pretrain
 
 
 def main() -> None:
     config = parse(Pretrain)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import pretrain
-    from pipeline.process import stage_main
+    from pipeline.runtime.process import stage_main
 
     stage_main(pretrain.train, config)
 

@@ -4,13 +4,14 @@ python stages/reward.py --config configs/imdb/reward.yaml
 accelerate launch stages/reward.py --seed 1
 """
 
-from pipeline.config import Reward, parse
+from pipeline.config.parse import parse
+from pipeline.config.stages import Reward
 
 
 def main() -> None:
     config = parse(Reward)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import reward
-    from pipeline.process import stage_main
+    from pipeline.runtime.process import stage_main
 
     stage_main(reward.train, config)
 

@@ -4,13 +4,14 @@ python stages/sft.py --config configs/imdb/sft.yaml
 accelerate launch stages/sft.py --seed 1
 """
 
-from pipeline.config import SFT, parse
+from pipeline.config.parse import parse
+from pipeline.config.stages import SFT
 
 
 def main() -> None:
     config = parse(SFT)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import sft
-    from pipeline.process import stage_main
+    from pipeline.runtime.process import stage_main
 
     stage_main(sft.train, config)
 

@@ -24,9 +24,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pipeline import pretrain, reward, sft
-from pipeline.config import SFT, Adapter, Optim, Pretrain, Reward, Run, Sampling
-from pipeline.models import ATTENTION, new_reward_model, save_policy
-from pipeline.tokenizing import train_tokenizer
+from pipeline.config.dials import Adapter, Optim, Run, Sampling
+from pipeline.config.stages import SFT, Pretrain, Reward
+from pipeline.data.tokenizer import train_tokenizer
+from pipeline.models.heads import new_reward_model
+from pipeline.models.loading import ATTN_IMPLEMENTATION
+from pipeline.models.saving import save_policy
 
 SENTENCES = ("the cat sat on a mat.", " a dog ate the cake,", " not the hat. no", " so he had tea on the sea.")
 
@@ -53,12 +56,12 @@ def make_model(tokenizer: Tokenizer) -> ModelMaker:
         if kind == "llama":
             sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
             llama = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=40, **sizes, **common)).eval()
-            llama.set_attn_implementation(ATTENTION)
+            llama.set_attn_implementation(ATTN_IMPLEMENTATION)
             return llama
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
         dropouts = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, **common)).eval()
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(ATTN_IMPLEMENTATION)
         if lean is not None:
             with torch.no_grad():
                 model.transformer.ln_f.weight[-1], model.transformer.ln_f.bias[-1] = 0, 1
@@ -99,7 +102,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = write("prompts", [{"prompt": text[: 8 + n % 5]} for n, text in enumerate(texts)])
     run = Run(recipe="parents", runs=str(folder), precision="fp32", report_to="none", seed=7)
     optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=8)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "context": 48, "sample_tokens": 4}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "context": 48,
+        "sample_tokens": 4,
+    }
     pretrain.train(Pretrain(run=run, optim=optim, train_file=corpus, validation_file=corpus, tokenizer="char", **sizes))
     sft.train(SFT(run=run, optim=optim, train_file=demonstrations, validation_file=demonstrations))
     scorer = Reward(
@@ -110,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     policy = str(folder / "parents/sft/final")
     reward.train(
         replace(
-            scorer, run=replace(run, recipe="parents_lora"), adapter=Adapter(adapter="lora", lora_rank=3), base=policy,
+            scorer, run=replace(run, recipe="parents_lora"), adapter=Adapter(adapter="lora", lora_r=3), base=policy,
             sft=policy,
         )
     )  # fmt: skip

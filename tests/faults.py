@@ -14,8 +14,8 @@ import torch
 from ranks import configs
 
 from pipeline import ppo
-from pipeline.config import PPO
-from pipeline.process import processes, stage_main
+from pipeline.config.stages import PPO
+from pipeline.runtime.process import processes, stage_main
 
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 

@@ -131,7 +131,7 @@ PLANTED = [
     ("actor_critic", "with role(self.policy, head.role):", "if True:", "the critic reads the policy's adapter"),
     ("actor_critic", "return head(checkpoint(states, use_reentrant=False))", "return head(states())", "two trunks' activations at a time"),
     ("actor_critic", "weights | {f\"{PREFIX}score.weight\": self.weight}", "weights | {f\"{PREFIX}score.weight\": 0 * self.weight}", "a critic's head lost when saved"),
-    ("actor_critic", "theirs, ours = trunk_fingerprint(model), trunk_fingerprint(in_full(base_of(policy)))", "theirs = ours = trunk_fingerprint(model)", "a reward adapter on another base"),
+    ("actor_critic", "theirs, ours = hash_trunk(model), hash_trunk(full_precision_base(unwrap_peft(policy)))", "theirs = ours = hash_trunk(model)", "a reward adapter on another base"),
     ("actor_critic", "head.bias.fill_(-shift)", "head.bias.fill_(shift)", "a role's score shifted the wrong way"),
     ("scoring", "model.config.score_shift), attention_mask)", "0.0), attention_mask)", "the score is not centred"),
     ("scoring", "torch.where(attention_mask, positions, -1).amax(1)", "attention_mask.sum(1) - 1", "the last token under left padding"),
@@ -162,7 +162,7 @@ CALLS = {
     "max": "min",
     "min": "max",
 }
-ALONE = re.compile(r"is_main|has_engine|DTensor|num_processes|process_index|no_sync|number == len|monotonic")
+ALONE = re.compile(r"is_main|uses_deepspeed|DTensor|num_processes|process_index|no_sync|number == len|monotonic")
 DROPPED = ("masked_fill", "detach", "square", "clamp")
 
 

@@ -19,18 +19,25 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
-from pipeline import monitor, ppo, pretrain, reward, sft
-from pipeline.actor_critic import ActorCritic, Critic, ValueHead, load_reward
-from pipeline.config import PPO, SFT, Adapter, Optim, Pretrain, Reward, Run, Sampling
-from pipeline.models import Policy, base_of, load_language_model, load_reward_model, with_adapter
-from pipeline.process import autocast, new_accelerator, processes, quiet
-from pipeline.rollout import Rollout, generate, to_experience
-from pipeline.run import StageRun
-from pipeline.shards import whole_weights
-from pipeline.tokenizing import load_tokenizer
+from pipeline import ppo, pretrain, reward, sft
+from pipeline.config.dials import Adapter, Optim, Run, Sampling
+from pipeline.config.stages import PPO, SFT, Pretrain, Reward
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.models.actor_critic import ActorCritic, add_reward_model
+from pipeline.models.heads import Critic, ValueHead, load_reward_model
+from pipeline.models.loading import Policy, load_language_model, unwrap_peft, wrap_with_adapter
+from pipeline.models.sharding import full_state_dict
+from pipeline.rl import monitor
+from pipeline.rl.experience import to_experience
+from pipeline.rl.rollout import Rollout, generate
+from pipeline.runtime.console import silence_libraries
+from pipeline.runtime.launch import new_accelerator
+from pipeline.runtime.precision import autocast
+from pipeline.runtime.process import processes
+from pipeline.runtime.stage_run import StageRun
 
 SAMPLING = Sampling(max_new_tokens=8, max_prompt_tokens=16, temperature=0.7)
-LORA = Adapter(adapter="lora", lora_rank=2)
+LORA = Adapter(adapter="lora", lora_r=2)
 
 
 def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT | Reward | PPO]:
@@ -48,8 +55,9 @@ def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT |
     )  # fmt: skip
     aligned = PPO(
         run=run, adapter=LORA, sampling=SAMPLING, sft=final["sft"], reward=final["reward"], train_file=file["prompts"],
-        validation_file=file["prompts"], rollouts=3, rollout_batch=8, micro_batch=2, epochs=2, minibatches=2,
-        critic_warmup=1, eval_every=2, eval_prompts=6, learning_rate=3e-3, keep="last",
+        validation_file=file["prompts"], rollouts=3, rollout_batch=8, micro_batch=2, num_ppo_epochs=2,
+        num_mini_batches=2,
+        critic_warmup=1, eval_steps=2, eval_prompts=6, learning_rate=3e-3, keep="last",
         max_grad_norm=1e9,
     )  # fmt: skip
     scorer = Reward(
@@ -61,7 +69,8 @@ def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT |
     return {
         "pretrain": Pretrain(
             run=run, optim=optim, train_file=file["texts"], validation_file=file["texts"], tokenizer="char",
-            hidden_size=16, intermediate_size=24, layers=2, heads=2, context=48, sample_tokens=4, steps=2,
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, context=48,
+            sample_tokens=4, max_steps=2,
         ),
         "sft": tuned,
         "sft_lora": dataclasses.replace(tuned, run=elsewhere(recipe=f"{recipe}_lora"), adapter=LORA),
@@ -122,7 +131,7 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     """
     config = configs(folder, out, "fixed")["ppo"]
     config = changed(
-        config, minibatches=1, epochs=3, precision="bf16" if kind == "fixed_bf16" else "fp32",
+        config, num_mini_batches=1, num_ppo_epochs=3, precision="bf16" if kind == "fixed_bf16" else "fp32",
         gradient_checkpointing=kind == "fixed_roles_again",
     )  # fmt: skip
     accelerator = new_accelerator(config.run.precision)
@@ -137,12 +146,12 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     rollout = Rollout(**{f.name: getattr(rollout, f.name)[mine] for f in dataclasses.fields(Rollout)})
     torch.manual_seed(2)
     full = kind in ("fixed_full", "fixed_bf16", "fixed_nan")
-    actor: Policy = policy if full else with_adapter(base_of(policy), LORA)
-    head = load_reward(folder / "parents_lora/reward/final", actor) if "roles" in kind else None
+    actor: Policy = policy if full else wrap_with_adapter(unwrap_peft(policy), LORA)
+    head = add_reward_model(folder / "parents_lora/reward/final", actor) if "roles" in kind else None
     assert head is None or isinstance(head, ValueHead)
     critic = ValueHead(16) if full else Critic(judge)
     if head is not None:
-        critic = ppo.make_critic("reward", actor, head, tokenizer.pad_token_id)
+        critic = ppo.add_critic("reward", actor, head, tokenizer.pad_token_id)
     actor_critic = ActorCritic(actor, critic, SAMPLING.temperature, tokenizer.pad_token_id, head).eval()
     start = {name: p.detach().clone() for name, p in actor_critic.named_parameters()}
     learns = {name for name, p in actor_critic.named_parameters() if p.requires_grad}
@@ -166,7 +175,7 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     torch.manual_seed(3)
     metrics, _ = ppo.update(prepared, optimizer, experience, config, accelerator, True)
     metrics |= monitor.rollout_metrics(experience, accelerator, config)
-    weights = whole_weights(actor_critic)
+    weights = full_state_dict(actor_critic)
     moved = {name for name, weight in weights.items() if name in start and not torch.equal(weight, start[name])}
     assert moved == learns, moved ^ learns
     same = accelerator.gather(torch.stack([w.double().sum() for w in weights.values()])[None])
@@ -188,7 +197,7 @@ RESUMED = ("sft", "ppo_full", "ppo_roles")
 
 
 def main(folder: Path, name: str, what: str = "all") -> None:
-    quiet()
+    silence_libraries()
     out = folder / name
     out.mkdir(exist_ok=True)
     for kind in UPDATES if what in ("all", "updates") else ():
@@ -196,7 +205,7 @@ def main(folder: Path, name: str, what: str = "all") -> None:
     stages = configs(folder, out, "tiny")
     for stage in stages if what in ("all", "stages") else ():
         fresh(STAGES[stage.split("_")[0]].train, stages[stage])
-    cut = {stage: changed(configs(folder, out, "cut")[stage], checkpoint_every=1) for stage in RESUMED}
+    cut = {stage: changed(configs(folder, out, "cut")[stage], save_steps=1) for stage in RESUMED}
     if what == "all":
         for stage in RESUMED:  # the last checkpoint of one is left for another launch
             with cut_off(2):

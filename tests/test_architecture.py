@@ -1,58 +1,90 @@
-"""Imports go only downwards through the layers, no stage imports another, and the maths imports torch alone."""
+"""Imports go only downwards, between packages and inside them, and the maths imports torch alone: one table says so."""
 
 import ast
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = (
-    {"tensors", "config", "fingerprints"},
-    {"losses", "advantages", "process", "judges", "sources", "shards", "roles", "expressions"},
-    {"formats", "tokenizing", "tracking", "corpus", "siblings", "checkpoints", "algebra"},
-    {"data", "run", "models"},
-    {"scoring", "rollout", "trainers", "report", "adapter_files", "actor_critic"},
-    {"monitor", "adapters"},
-    {"keeping", "measures"},
-    {"search"},
-    {"pretrain", "sft", "reward", "ppo", "merge", "evaluate", "chat"},
-)
-LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
-ROOMS = sorted(path for path in (ROOT / "pipeline").glob("*.py") if path.stem != "__init__")
+FLOORS: Mapping[str, tuple[str, ...]] = {
+    "config": ("errors", "dials", "commands stages", "parse"),
+    "core": ("tensors losses", "advantages"),
+    "runtime": ("hashing process", "console precision watchdog", "launch tracking", "checkpoints", "stage_run"),
+    "data": ("imdb sources tokenizer", "formats", "tokenize"),
+    "evaluation": ("statistics", "text report", "judges"),
+    "models": ("multi_adapter sharding", "loading", "saving", "forward", "heads", "actor_critic"),
+    "rl": ("rollout rewards", "experience", "monitor", "progress"),
+    "training": ("callbacks validation", "trainer"),
+    "adapters": ("expressions", "algebra", "files", "compose", "metrics", "search"),
+    "": ("pretrain sft reward ppo merge evaluate chat",),
+}
+"""Packages from the ground up ("": the stages), and in each its modules from the ground up; a line holds equals."""
+HEIGHT = {
+    ".".join(filter(None, (package, module))): (floor, step)
+    for floor, (package, steps) in enumerate(FLOORS.items())
+    for step, modules in enumerate(steps)
+    for module in modules.split()
+}
+FILES = {
+    ".".join(path.relative_to(ROOT / "pipeline").with_suffix("").parts): path
+    for path in sorted((ROOT / "pipeline").rglob("*.py"))
+    if path.stem != "__init__"
+}
 STAGES = sorted((ROOT / "stages").glob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of all that the file imports, inside functions too; `from pipeline import x` is `pipeline.x`."""
+    """Dotted names of all that the file imports, inside functions too; `from a import b` is `a.b`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ("pipeline" if node.level else "", node.module)))
-            names |= {f"{module}.{alias.name}" for alias in node.names}
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def rooms(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imported(path) if name.startswith("pipeline.")}
+def modules_used(path: Path) -> set[str]:
+    """The project's modules that a file imports, by their names without `pipeline`."""
+    names = {name.removeprefix("pipeline.") for name in imported(path) if name.startswith("pipeline.")}
+    return {name if name in FILES else name.rpartition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
-def test_imports_go_only_downwards(path):
-    assert path.stem in LAYER, f"pipeline/{path.name} stands in no layer"
-    assert {room for room in rooms(path) if LAYER.get(room, len(LAYERS)) >= LAYER[path.stem]} == set()
+def test_the_table_names_every_module():
+    assert HEIGHT.keys() == FILES.keys()
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_go_only_downwards(module):
+    assert {used for used in modules_used(FILES[module]) if HEIGHT[used] >= HEIGHT[module]} == set()
+
+
+@pytest.mark.parametrize("package", [package for package in FLOORS if package])
+def test_a_package_exports_nothing(package):
+    """Its `__init__` says what it is for, in at most five lines: everything has one path."""
+    text = (ROOT / "pipeline" / package / "__init__.py").read_text(encoding="utf-8")
+    [node] = ast.parse(text).body
+    assert isinstance(node, ast.Expr)
+    assert len(text.splitlines()) <= 6
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
-def test_no_stage_imports_another(path):
+def test_an_entry_imports_its_own_stage_alone(path):
     assert "stages" not in {name.split(".")[0] for name in imported(path)}
-    assert {room for room in rooms(path) if room in LAYERS[-1]} <= {path.stem}
+    assert {module for module in modules_used(path) if "." not in module} <= {path.stem}
 
 
-@pytest.mark.parametrize("room", ["tensors", "losses", "advantages"])
-def test_maths_imports_torch_alone(room):
-    others = {name.split(".")[0] for name in imported(ROOT / "pipeline" / f"{room}.py")} - sys.stdlib_module_names
+@pytest.mark.parametrize("module", [module for module in sorted(FILES) if module.startswith("core.")])
+def test_maths_imports_torch_alone(module):
+    others = {name.split(".")[0] for name in imported(FILES[module])} - sys.stdlib_module_names
     assert others <= {"torch", "pipeline"}
-    assert rooms(ROOT / "pipeline" / f"{room}.py") <= {"tensors", "losses", "advantages"}
+    assert all(used.startswith("core.") for used in modules_used(FILES[module]))
+
+
+@pytest.mark.parametrize("module", [module for module in sorted(FILES) if module.startswith("config.")])
+def test_dials_import_no_library_that_is_slow_to_load(module):
+    others = {name.split(".")[0] for name in imported(FILES[module])} - sys.stdlib_module_names
+    assert others <= {"yaml", "pipeline"}

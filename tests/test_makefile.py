@@ -41,6 +41,6 @@ def test_stages_never_run_at_once():
 
 
 def test_a_stage_gets_recipe_folder_seed_and_dials():
-    command = make("-n", "sft", "RECIPE=smoke", "RUNS=/tmp/elsewhere", "SEED=3", "ARGS=--max_tokens 99")
-    assert "stages/sft.py --config configs/smoke/sft.yaml --runs /tmp/elsewhere --seed 3 --max_tokens 99" in command
+    command = make("-n", "sft", "RECIPE=smoke", "RUNS=/tmp/elsewhere", "SEED=3", "ARGS=--max_length 99")
+    assert "stages/sft.py --config configs/smoke/sft.yaml --runs /tmp/elsewhere --seed 3 --max_length 99" in command
     assert "--seed" not in make("-n", "sft")

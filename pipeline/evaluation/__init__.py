@@ -1,0 +1,1 @@
+"""Judges of text, figures with intervals, and the page that people read."""

@@ -1,0 +1,157 @@
+"""Judges of text that no stage has trained on, and baselines for pairs of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GroupShuffleSplit
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from pipeline.config.errors import UserError
+from pipeline.data.formats import read_rows
+from pipeline.evaluation.statistics import Array, Estimate, _numbers, _paired, pair_accuracy, share_ci
+from pipeline.evaluation.text import WORD, _texts, _word_counts
+
+LABELS = {"negative": 0, "positive": 1}
+
+
+def fit_judge(file: str, seed: int) -> Classifier:
+    """P(positive) of a text, by a classifier fitted to human labels that no stage has seen."""
+    rows = read_rows(file, "text")
+    groups = [row["key"] for row in rows] if all("key" in row for row in rows) else None
+    for row in rows:
+        if row.get("label") not in LABELS:
+            raise UserError(f"{file}: label: expected {' or '.join(LABELS)}, got {row.get('label')!r:.40}")
+    return fit_classifier([row["text"] for row in rows], [LABELS[row["label"]] for row in rows], seed, groups)
+
+
+HOLDOUT = 0.1  # share of a classifier's texts that it is tested on and never fitted to
+INVERSE_PENALTY = 3.0  # C of the logistic regression
+PAIR_ALPHA = 3.0  # ridge penalty of the pair baseline when no validation pairs choose one
+PAIR_ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)  # and what validation pairs choose from
+
+
+# ---------------------------------------------------------------------------------------------- judges
+
+
+class Vader:
+    """The VADER lexicon judge (Hutto & Gilbert 2014, ICWSM): calling it returns each text's compound in [-1, 1].
+
+    Hand-written rules over a word list that people rated word by word: no labelled text was fitted. The rules read
+    capitals and punctuation, so texts go in as they are; a text without a listed word has compound 0.
+    """
+
+    def __init__(self) -> None:
+        self.analyzer = SentimentIntensityAnalyzer()
+
+    def __call__(self, texts: Sequence[str]) -> Array:
+        return np.array([self.analyzer.polarity_scores(text)["compound"] for text in _texts(texts)], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A bag-of-words judge made by `fit_classifier`: calling it returns P(positive) of each text.
+
+    `holdout_accuracy` is of this very classifier, on texts that it was not fitted to.
+    """
+
+    vectorizer: TfidfVectorizer
+    model: LogisticRegression
+    holdout_accuracy: Estimate
+
+    def __call__(self, texts: Sequence[str]) -> Array:
+        return _positive(self.model, self.vectorizer.transform(_texts(texts)))
+
+
+def fit_classifier(
+    texts: Sequence[str], labels: Sequence[int], seed: int, groups: Sequence[str] | None = None
+) -> Classifier:
+    """Logistic regression on TF-IDF of word 1-2-grams (sublinear tf, min_df 3), fitted to 90 % of the labels and
+    tested on the other 10 %; labels are 0 and 1, 1 is positive.
+
+    The split is drawn from `seed` over `groups` (by default over distinct texts), so no group is on both sides: name
+    the source document there if the texts hold a document and also its sentences, or the accuracy is flattered.
+    """
+    texts, y = _texts(texts), np.asarray(labels)
+    if len(y) != len(texts) or (groups is not None and len(groups) != len(texts)):
+        raise ValueError("a classifier needs one label, and one group if any, per text")
+    if set(np.unique(y).tolist()) != {0, 1}:
+        raise ValueError("labels are 0 (negative) and 1 (positive), and both must occur")
+    fitted, held = next(
+        GroupShuffleSplit(n_splits=1, test_size=HOLDOUT, random_state=seed).split(
+            texts, y, texts if groups is None else groups
+        )
+    )
+    if len(set(y[fitted].tolist())) < 2:
+        raise ValueError("the texts left to fit have only one label")
+    vectorizer = _vectorizer()
+    model = LogisticRegression(C=INVERSE_PENALTY, solver="liblinear", random_state=seed)
+    model.fit(vectorizer.fit_transform([texts[i] for i in fitted]), y[fitted])
+    positive = _positive(model, vectorizer.transform([texts[i] for i in held]))
+    return Classifier(vectorizer, model, share_ci(pair_accuracy((positive - 0.5) * np.where(y[held] == 1, 1, -1))))
+
+
+def longer_wins(chosen: Sequence[str], rejected: Sequence[str]) -> Array:
+    """Correctness (n,) of the rule "the text with more words is the chosen one", ties 0.5.
+
+    What a reward model must beat before its accuracy says anything about content.
+    """
+    a, b = _paired(_word_counts(chosen), _word_counts(rejected))
+    return pair_accuracy(a - b)
+
+
+def linear_pair_baseline(
+    train_chosen: Sequence[str],
+    train_rejected: Sequence[str],
+    margins: ArrayLike,
+    test_chosen: Sequence[str],
+    test_rejected: Sequence[str],
+    validation: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> Array:
+    """Correctness (n_test,) of a bag of words: ridge regression of max(margin, 1) on tfidf(chosen) - tfidf(rejected).
+
+    One TF-IDF (word 1-2-grams, sublinear tf, min_df 3), fitted to the distinct training texts. No intercept, so
+    swapping a pair negates its score; adding each pair mirrored (-difference, -target) would double each squared error
+    and so change nothing but the scale of the penalty. The penalty is PAIR_ALPHA, or with `validation` = (chosen,
+    rejected) the one of PAIR_ALPHAS with the best accuracy there, the larger if two tie; the test pairs choose nothing.
+    Its accuracy is what the words alone are worth; what a reward model adds to it came from their order.
+    """
+    train_chosen, train_rejected = _texts(train_chosen), _texts(train_rejected)
+    target = np.maximum(_numbers(margins), 1.0)
+    if not len(train_chosen) == len(train_rejected) == len(target):
+        raise ValueError("training needs one chosen text, one rejected text and one margin per pair")
+    row = {text: i for i, text in enumerate(dict.fromkeys(train_chosen + train_rejected))}
+    vectorizer = _vectorizer()
+    tfidf = vectorizer.fit_transform(list(row))
+    train = tfidf[[row[text] for text in train_chosen]] - tfidf[[row[text] for text in train_rejected]]
+
+    def differences(chosen: Sequence[str], rejected: Sequence[str]) -> csr_matrix:  # (n, features)
+        if len(chosen) != len(rejected):
+            raise ValueError("a pair needs one chosen and one rejected text")
+        return vectorizer.transform(_texts(chosen)) - vectorizer.transform(_texts(rejected))
+
+    def ridge(alpha: float) -> Ridge:
+        return Ridge(alpha=alpha, fit_intercept=False, solver="lsqr").fit(train, target)
+
+    test = differences(test_chosen, test_rejected)
+    if validation is None:
+        return pair_accuracy(ridge(PAIR_ALPHA).predict(test))
+    held = differences(*validation)
+    models = {alpha: ridge(alpha) for alpha in PAIR_ALPHAS}
+    best = max(PAIR_ALPHAS, key=lambda alpha: (pair_accuracy(models[alpha].predict(held)).mean(), alpha))
+    return pair_accuracy(models[best].predict(test))
+
+
+def _vectorizer() -> TfidfVectorizer:
+    return TfidfVectorizer(token_pattern=WORD, ngram_range=(1, 2), sublinear_tf=True, min_df=3)
+
+
+def _positive(model: LogisticRegression, features: csr_matrix) -> Array:
+    """P(label 1) of each row."""
+    return np.asarray(model.predict_proba(features)[:, 1], dtype=np.float64)

@@ -1,0 +1,149 @@
+"""All that PPO trains as one module: the policy, and a critic that is a model, an adapter or a head on its trunk."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    PreTrainedModel,
+)
+
+from pipeline.data.tokenizer import ModelError
+from pipeline.models.forward import head_weight, last_hidden_states, response_logprobs
+from pipeline.models.heads import Critic, ValueHead, load_reward_model_with_adapter
+from pipeline.models.loading import Policy, disable_dropout_, freeze, full_precision_base, merge_adapter, unwrap_peft
+from pipeline.models.multi_adapter import (
+    POLICY,
+    PREFIX,
+    REFERENCE,
+    REWARD,
+    adapter_config,
+    adapter_layers,
+    adapter_type,
+    add_adapter,
+    detach_adapter,
+    hash_trunk,
+    recompute_contexts,
+    role,
+)
+
+
+def add_reward_model(path: str | Path, policy: Policy) -> PreTrainedModel | ValueHead:
+    """The frozen reward model; where it and the policy are adapters its head, its adapter then on the policy's base.
+
+    Raises ModelError where it cannot be a role there: another type of adapter than the policy's, or another base.
+    """
+    model = load_reward_model_with_adapter(path)
+    if not isinstance(policy, PeftModel) or not adapter_layers(model):
+        return freeze(disable_dropout_(merge_adapter(model)))
+    shift, weight = model.config.score_shift, head_weight(model)
+    saved = detach_adapter(model)
+    assert saved is not None
+    theirs, ours = adapter_type(saved.config), adapter_type(adapter_config(policy))
+    if theirs != ours:
+        raise ModelError(
+            f"{path}: it is {theirs} and the policy {ours}: roles on one base have one type of adapter; train "
+            f"one of them again with the other's"
+        )
+    theirs, ours = hash_trunk(model), hash_trunk(full_precision_base(unwrap_peft(policy)))
+    if theirs != ours:
+        raise ModelError(
+            f"{path}: it is an adapter on another base ({theirs}) than the policy's ({ours}): train the reward model "
+            "with --base of SFT's final/ or, where SFT is an adapter itself, of the model that SFT started from"
+        )
+    head = ValueHead(weight.shape[1], REWARD)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.fill_(-shift)
+    own = {key: value for key, value in saved.weights.items() if key != f"{PREFIX}score.weight"}
+    add_adapter(policy, REWARD, saved.config, own)
+    return freeze(head)
+
+
+class ActorCritic(nn.Module):
+    """All that PPO trains, as one module: policy and critic, one forward, one optimiser.
+
+    And what is frozen on the policy's base: the reference, and the reward model if `reward` is its head.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        critic: Critic | ValueHead,
+        temperature: float,
+        pad_id: int,
+        reward: ValueHead | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy, self.critic, self.reward = policy, critic, reward
+        self.temperature, self.pad_id = temperature, pad_id
+        self.recomputes_layers = False
+        self._no_split_modules = unwrap_peft(policy)._no_split_modules  # the layers that FSDP gathers one at a time
+
+    def checkpoint_activations(self) -> None:
+        """In train mode the layers then keep their input alone; dropout is 0, so both modes compute the same."""
+        self.recomputes_layers = True
+        for model in (unwrap_peft(self.policy), *([self.critic.model] if isinstance(self.critic, Critic) else [])):
+            in_role = partial(recompute_contexts, adapter_layers(model))
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": in_role})
+
+    def tie_weights(self) -> None:
+        """Makes tied weights one again, after FSDP has loaded them one by one."""
+        unwrap_peft(self.policy).tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        size: int = 0,
+        trains_policy: bool = True,
+        as_role: str = POLICY,
+    ) -> tuple[Tensor, ...]:
+        """Log-probabilities, entropies and values, each (B, T), of the last T = size tokens of (B, S) rows.
+
+        values[:, t] is read before token t is emitted, as the log-probability of token t is. Without `trains_policy`
+        the values have no gradient in the policy's trunk. `as_role`: of the reference, without values; or the reward
+        role's scores (B, S) of what ends at each token, alone.
+        """
+        rows = (input_ids, attention_mask, size, self.temperature, self.pad_id)
+        if as_role == REWARD:
+            assert self.reward is not None
+            return (self.adapter_outputs(self.reward, input_ids, attention_mask),)
+        if as_role == REFERENCE:
+            assert isinstance(self.policy, PeftModel)
+            with role(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None):
+                return response_logprobs(self.policy, *rows)
+        if isinstance(self.critic, ValueHead) and self.critic.role == POLICY:
+            logprobs, entropies, hidden = response_logprobs(self.policy, *rows, with_hidden=True)
+            return logprobs, entropies, self.critic(hidden if trains_policy else hidden.detach())
+        if isinstance(self.critic, Critic):
+            values = self.critic(input_ids, attention_mask)
+        else:
+            values = self.adapter_outputs(self.critic, input_ids, attention_mask)
+        logprobs, entropies = response_logprobs(self.policy, *rows)
+        return logprobs, entropies, values[:, -size - 1 : -1]
+
+    def adapter_outputs(self, head: ValueHead, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """A head on the states of its role, (B, S) fp32.
+
+        For a gradient the trunk keeps its input alone. Called before the policy's forward it is computed again after
+        the policy's backward, which frees what that has kept: there are never two roles' activations at a time.
+        """
+
+        def states() -> Tensor:
+            with role(self.policy, head.role):
+                return last_hidden_states(unwrap_peft(self.policy), input_ids, attention_mask)
+
+        if not torch.is_grad_enabled() or (self.recomputes_layers and self.training):
+            return head(states())
+        return head(checkpoint(states, use_reentrant=False))
+
+    def save_critic(self, folder: Path) -> None:
+        """A directory from which `load_reward_model` gives these values."""
+        if isinstance(self.critic, ValueHead):
+            self.critic.save(folder, self.policy, self.pad_id)
+        else:
+            self.critic.save(folder)

@@ -1,0 +1,183 @@
+"""Several adapters on one frozen base: which of them its layers read, and how one gets onto a base and off it.
+
+    base --+-- default     the policy: trained
+           +-- reference   SFT's adapter, frozen; where SFT is a full model the reference is the base itself
+           +-- critic      trained, under a value head
+           +-- reward      frozen, under the score head
+
+A role is the adapter that the layers read, and nothing but that ever changes: PEFT's `set_adapter` and
+`disable_adapter` change `requires_grad` as well, which must stay as it is once the optimiser and the process group know
+the parameters. Heads are no part of an adapter here: they are linear layers of our own (`pipeline.models`).
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.config.errors import UserError
+from pipeline.runtime.hashing import hash_value
+
+POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
+AdapterConfig = LoraConfig | IA3Config
+PREFIX = "base_model.model."  # of PEFT's names of what is inside a PeftModel
+
+
+@dataclass(frozen=True)
+class DetachedAdapter:
+    """An adapter without its model."""
+
+    config: AdapterConfig
+    weights: dict[str, Tensor]  # by PEFT's names, in which no adapter's name occurs; a classifier's head among them
+
+
+def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+# which adapter is read
+
+
+@contextmanager
+def use_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
+    """Within it the layers read the named adapter, or (None) pass their base through, bit for bit."""
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [] if name is None else [name], name is None
+    try:
+        yield
+    finally:
+        for layer, (names, is_base) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = names, is_base
+
+
+def role(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
+    """Within it the model is its base under the named adapter, or (None) its base alone."""
+    return use_adapter(adapter_layers(model), name)
+
+
+def recompute_contexts(layers: Sequence[BaseTunerLayer]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` of torch's checkpoint: nothing around the forward, its role around the recomputation of it.
+
+    That takes place in the backward pass, when the layers read the policy's adapter again.
+    """
+    is_base = not layers or layers[0].disable_adapters  # they all read the same
+    return nullcontext(), use_adapter(layers, None if is_base else layers[0].active_adapters[0])
+
+
+# onto a base and off it
+
+
+def add_adapter(
+    policy: PeftModel, name: str, config: AdapterConfig, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Puts one more adapter onto the policy's base, with these weights or fresh; the policy's is read as before.
+
+    The policy's and the critic's are trained, the others frozen: so it must be done before the model is prepared.
+    """
+    policy.add_adapter(name, causal_lm_config(config))
+    if weights is not None:
+        load_adapter_weights(policy, name, weights)
+    policy.requires_grad_(False)
+    for layer in adapter_layers(policy):
+        for kind in layer.adapter_layer_names:
+            for owner, part in getattr(layer, kind).items():
+                part.requires_grad_(owner in (POLICY, CRITIC))
+
+
+def copy_adapter(policy: PeftModel, source: str, name: str) -> None:
+    """Puts a copy of one of its adapters onto the policy's base."""
+    add_adapter(policy, name, adapter_config(policy, source), get_peft_model_state_dict(policy, adapter_name=source))
+
+
+def adapter_config(model: PeftModel | PreTrainedModel, name: str = POLICY) -> AdapterConfig:
+    """The configuration of one of a model's adapters; UserError for a kind that is not used here."""
+    config = model.peft_config[name]
+    if not isinstance(config, AdapterConfig):
+        raise UserError(f"{model.name_or_path}: its adapter is {config.peft_type}; only LoRA and IA3 can be used here")
+    return config
+
+
+def adapter_type(config: AdapterConfig) -> str:
+    """The dial's name of it."""
+    return "lora" if isinstance(config, LoraConfig) else "ia3"
+
+
+def causal_lm_config(config: AdapterConfig) -> AdapterConfig:
+    """The adapter's configuration without what a classifier's has besides, its head being ours to keep, and without
+    dropout."""
+    config = copy.deepcopy(config)
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
+    if isinstance(config, LoraConfig):
+        config.lora_dropout = 0.0
+    return config
+
+
+def load_adapter_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) -> None:
+    """Copies weights into the named adapter; UserError if they are not exactly the adapter's."""
+    found: Any = set_peft_model_state_dict(model, dict(weights), name)
+    wrong = [key for key in found.missing_keys if name in key.split(".")] + found.unexpected_keys
+    if wrong:
+        raise UserError(f"adapter {name}: missing or unused weights {', '.join(sorted(wrong)[:5])}")
+
+
+def detach_adapter(model: PreTrainedModel) -> DetachedAdapter | None:
+    """The adapter that loading has put onto a model, which is its base alone afterwards; None if there is none."""
+    if not adapter_layers(model):
+        return None
+    config, weights = adapter_config(model), get_peft_model_state_dict(model)
+    remove_adapter_(model)
+    return DetachedAdapter(config, {PREFIX + key: weight.detach() for key, weight in weights.items()})
+
+
+def remove_adapter_(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with every adapter layer gone and all its weights trainable, a classifier's head kept; in place."""
+    found = [*model.named_modules()]
+    for name, layer in found:
+        if isinstance(layer, BaseTunerLayer):
+            model.set_submodule(name, layer.get_base_layer())
+        elif isinstance(layer, ModulesToSaveWrapper):
+            model.set_submodule(name, layer.modules_to_save[POLICY])
+    if any(isinstance(layer, BaseTunerLayer) for _, layer in found):
+        model._hf_peft_config_loaded = False  # save_pretrained would otherwise write an adapter alone
+        del model.peft_config
+        for parameter in model.parameters():  # the adapter's loading froze the base
+            parameter.requires_grad_(parameter.is_floating_point())  # what has 4 bits cannot be trained
+        # Left by the adapter's loading: save_pretrained would apply them to the name of every weight.
+        vars(model).pop("_weight_conversions", None)
+    return model
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights as if it had no adapters, by the names they then have; a classifier's trained head."""
+    return {
+        name.replace(".base_layer.", ".").replace(f".modules_to_save.{POLICY}.", "."): weight
+        for name, weight in model.state_dict().items()
+        if not any(part.startswith(("lora_", "ia3_", "original_module")) for part in name.split("."))
+    }
+
+
+def hash_trunk(model: PreTrainedModel) -> str:
+    """What tells the trunk of one model from that of another, whatever their heads and adapters: the first 12 digits.
+
+    A language model and a classifier on one trunk have the same.
+    """
+    return hash_weights(base_state_dict(model.base_model))[:12]
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """What tells some weights from others: sha256 over their sorted names, shapes, types and contents."""
+    rows = []
+    for name, tensor in sorted(weights.items()):
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        rows.append([name, list(tensor.shape), str(tensor.dtype), hashlib.sha256(content).hexdigest()])
+    return hash_value(rows)

@@ -1,0 +1,129 @@
+"""From prompts to sampled responses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from pipeline.config.dials import Sampling
+from pipeline.config.stages import PPO, Evaluate, Reward
+from pipeline.core.tensors import response_length, response_mask
+from pipeline.data.formats import Text, read_rows
+from pipeline.data.sources import DataError
+from pipeline.data.tokenize import ensure_chat_template, prompt_batch, prompt_ids
+from pipeline.models.loading import Policy, unwrap_peft
+from pipeline.models.saving import sampling_config
+from pipeline.runtime.console import print_main
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts and the responses sampled for them; S = P + T."""
+
+    input_ids: Tensor  # (B, S) prompts left-padded, responses right-padded
+    attention_mask: Tensor  # (B, S) boolean
+    response_mask: Tensor  # (B, T) boolean, EOS included
+    length: Tensor  # (B,) response tokens, EOS included
+    has_eos: Tensor  # (B,) boolean
+    sampled_logprobs: Tensor  # (B, T) nats, by the sampler's own forwards
+
+    @property
+    def size(self) -> int:
+        return self.response_mask.shape[1]
+
+    @property
+    def responses(self) -> Tensor:
+        return self.input_ids[:, -self.size :]
+
+
+class SampledLogprobs(LogitsProcessor):
+    """Takes the log-probability of each token as `generate` samples it, and keeps no more logits than one token's."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.found: list[Tensor] = []
+        self.log_p: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns scores (B, V) as they are; input_ids (B, S) end with the token sampled from the scores before."""
+        self.take(input_ids)
+        self.log_p = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def take(self, input_ids: Tensor) -> None:
+        if self.log_p is not None:
+            self.found.append(self.log_p.gather(1, input_ids[:, -1:]))
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+) -> Rollout:
+    """Samples one response per prompt from exactly the distribution that is scored: temperature, and no other warping.
+
+    Draws from torch's global generator. Responses are padded to max_new_tokens. A streamer sees one prompt's tokens as
+    they come.
+    """
+    ids, prompt_mask = prompt_batch(tokenizer, prompts, sampling.max_prompt_tokens)
+    ids, prompt_mask = ids.to(policy.device), prompt_mask.to(policy.device)
+    model = unwrap_peft(policy)
+    config = sampling_config(tokenizer, model)
+    config.max_new_tokens, config.temperature = sampling.max_new_tokens, sampling.temperature
+    model.generation_config = config  # a setting left open, such as min_new_tokens, would be taken from the model's own
+    was_training = model.training
+    model.eval()
+    sampled = SampledLogprobs(sampling.temperature)
+    output = model.generate(  # type: ignore[operator]  # declared by a mixin that mypy does not see
+        input_ids=ids,
+        attention_mask=prompt_mask.long(),
+        use_cache=True,
+        streamer=streamer,
+        logits_processor=[sampled],
+    )
+    sampled.take(output)
+    model.train(was_training)
+    responses = output[:, ids.shape[1] :]
+    rest = (0, sampling.max_new_tokens - responses.shape[1])
+    responses = nn.functional.pad(responses, rest, value=tokenizer.pad_token_id)
+    logprobs = nn.functional.pad(torch.cat(sampled.found, 1), rest)
+    length, has_eos = response_length(responses, tokenizer.eos_token_id)
+    mask = response_mask(length, sampling.max_new_tokens)
+    return Rollout(
+        input_ids=torch.cat([ids, responses], 1),
+        attention_mask=torch.cat([prompt_mask, mask], 1),
+        response_mask=mask,
+        length=length,
+        has_eos=has_eos,
+        sampled_logprobs=logprobs,
+    )
+
+
+def read_prompts(
+    source: str, limit: int, tokenizer: PreTrainedTokenizerBase, config: PPO | Reward | Evaluate
+) -> list[Text]:
+    """The sources' prompts; those longer than max_prompt_tokens treated as `long_prompts` says, and counted."""
+    rows = read_rows(source, "prompt", limit, config.run.bad_rows, config.run.seed)
+    ensure_chat_template(tokenizer, rows)
+    return filter_prompts([row["prompt"] for row in rows], tokenizer, config.sampling, source)
+
+
+def filter_prompts(
+    prompts: list[Text], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, source: str
+) -> list[Text]:
+    """The prompts, those longer than max_prompt_tokens treated as `long_prompts` says."""
+    most, policy = sampling.max_prompt_tokens, sampling.long_prompts
+    longer = [len(ids) > most for ids in prompt_ids(tokenizer, prompts)]
+    if not any(longer):
+        return prompts
+    told = f"{source}: {sum(longer):,} of {len(prompts):,} prompts are longer than {most} tokens"
+    if policy == "error" or (policy == "drop" and all(longer)):
+        raise DataError(f"{told}: raise max_prompt_tokens, or say --long_prompts cut")
+    print_main(f"{told} ({policy})")
+    return [prompt for prompt, is_longer in zip(prompts, longer, strict=True) if policy == "cut" or not is_longer]

@@ -1,0 +1,105 @@
+"""Checkpoints of a stage that is under way: each is there whole or not at all.
+
+    <stage>/checkpoints/<step>/   weights, optimiser, random states; MANIFEST.json, written last, lists them by content
+
+The main process alone renames a checkpoint into place; the newest that is as it was written is the one gone on from.
+"""
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from pipeline.runtime.console import print_main
+from pipeline.runtime.hashing import file_manifest, first_changed_file, fsync_folder
+from pipeline.runtime.launch import uses_deepspeed
+from pipeline.runtime.process import processes
+
+CHECKPOINTS_KEPT = 2  # the newest, and one to go back to should it be damaged
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""What is saved: what trains. The rest comes from the parents again, which are told apart by content."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    step: int  # steps done
+    facts: dict[str, Any]  # identity, launch and state of the run
+
+
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+    """Lets every process `write` into a folder beside, then renames it to `folder/<step>`; older ones but one go."""
+    everyone = processes()
+    temporary = folder / f"{step}.partial"
+    if everyone.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    everyone.wait_for_everyone()
+    write(temporary)
+    everyone.wait_for_everyone()
+    if everyone.is_main_process:
+        manifest = {"step": step, "facts": facts, "files": file_manifest(temporary)}
+        fsync_folder(temporary)
+        (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
+        fsync_folder(temporary)
+        temporary.rename(folder / str(step))
+        fsync_folder(folder)
+        for old in _by_step(folder)[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+    everyone.wait_for_everyone()
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are as they were written; damaged ones are renamed, and said."""
+    for found in reversed(_by_step(folder)):
+        damaged = "MANIFEST.json"
+        try:
+            manifest = json.loads((found / damaged).read_text(encoding="utf-8"))
+            damaged = first_changed_file(found, manifest["files"])
+        except (OSError, ValueError, KeyError):
+            pass
+        if not damaged:
+            return Checkpoint(found, manifest["step"], manifest["facts"])
+        found.rename(found.with_name(f"{found.name}.damaged-{uuid.uuid4().hex[:4]}"))
+        print_main(
+            f"{found}: {damaged} is missing or not as it was written: set aside, the checkpoint before it is used"
+        )
+    return None
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def save_training(accelerator: Accelerator, prepared: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Writes the trained weights, the optimiser and each process's random state; all processes call it together."""
+    if uses_deepspeed(accelerator):
+        prepared.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)  # type: ignore[operator]
+    else:
+        weights, moments = get_state_dict(prepared, optimizer.optimizer, options=TRAINED)
+        dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=folder / "training")
+    save_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, 0, accelerator.scaler)
+
+
+def load_training(accelerator: Accelerator, prepared: nn.Module, optimizer: Any, folder: Path) -> None:
+    """What `save_training` wrote, into the same modules. A process that was not there then keeps its random state."""
+    if uses_deepspeed(accelerator):
+        prepared.load_checkpoint(str(folder), tag="engine", load_module_strict=False)  # type: ignore[operator]
+    else:
+        weights, moments = get_state_dict(prepared, optimizer.optimizer, options=TRAINED)
+        dcp.load({"weights": weights, "optimizer": moments}, checkpoint_id=folder / "training")  # in place
+        set_state_dict(
+            prepared, optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED
+        )
+    load_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, accelerator.scaler)

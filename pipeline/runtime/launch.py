@@ -1,0 +1,102 @@
+"""What `accelerate launch` was asked for, and whether that is what runs: DDP, DeepSpeed or FSDP."""
+
+import os
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from pipeline.config.errors import UserError
+from pipeline.runtime.precision import resolve_precision
+from pipeline.runtime.process import processes
+
+LAUNCH_PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+"""What the launch says of precision; transformers' trainers write it anew."""
+
+
+def new_accelerator(precision: str) -> Accelerator:
+    """Accelerate for these processes at a stage's precision, which is what `autocast` computes in; weights stay fp32.
+
+    DeepSpeed and FSDP are told of no precision: they would round the weights themselves. UserError for a launch that
+    is not what it seems, or that contradicts the dials.
+    """
+    everyone, precision = processes(), resolve_precision(precision)
+    if precision == "fp16" and (requested_backend() != "DDP" or everyone.device.type != "cuda"):
+        where = requested_backend() if everyone.device.type == "cuda" else "a CPU"
+        raise UserError(
+            f"precision: fp16 wants a loss scale, which CUDA GPUs have under DDP; on {where} say --precision bf16"
+        )
+    if LAUNCH_PRECISION not in ("no", precision):
+        raise UserError(
+            f"the launch says mixed_precision: {LAUNCH_PRECISION}, the recipe precision: {precision}: change one "
+            '(mixed_precision: "no" leaves it to the recipe)'
+        )
+    accelerator = validate_launch(Accelerator(mixed_precision="fp16" if precision == "fp16" else "no"))
+    keep_torch_optimizer(accelerator)
+    unset_hf_deepspeed_config()  # else from_pretrained would cut models as they are loaded, before they are one module
+    return accelerator
+
+
+def check_deepspeed(deepspeed: dict[str, Any]) -> None:
+    """UserError for what DeepSpeed's config says of things that the dials decide, before a stage says it for them."""
+    for key, dials in (
+        (
+            "gradient_accumulation_steps",
+            "batch_size / micro_batch (PPO: rollout_batch / num_mini_batches / micro_batch)",
+        ),
+        ("gradient_clipping", "max_grad_norm"),
+        ("optimizer", "the learning rates"),
+        ("scheduler", "the learning rates"),
+        ("bf16", "precision"),
+        ("fp16", "precision"),
+    ):
+        value = deepspeed.get(key)
+        is_off = isinstance(value, dict) and value.get("enabled") in (False, "auto")
+        if value not in (None, "auto", 1) and not is_off:
+            raise UserError(f"the launch's DeepSpeed config says {key}: {value}; leave that to the dials ({dials})")
+
+
+def keep_torch_optimizer(accelerator: Accelerator) -> None:
+    """Has an optimiser that DeepSpeed offloads to the CPU stay the one it was given, with each group's rate."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+
+
+def requested_backend() -> str:
+    """DEEPSPEED, FSDP or DDP: what the launch wants of Accelerate."""
+    return next((kind for kind in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"), "DDP")
+
+
+def parallel_strategy() -> str:
+    """DDP (also of one process), ZeRO-1, ZeRO-2, ZeRO-3 or FSDP2: how the processes of this launch share the work."""
+    if requested_backend() == "DEEPSPEED":
+        return f"ZeRO-{AcceleratorState().deepspeed_plugin.zero_stage}"
+    return "FSDP2" if requested_backend() == "FSDP" else "DDP"
+
+
+def validate_launch(accelerator: Accelerator) -> Accelerator:
+    """The accelerator, if it is of the kind and has the processes that the launch asks for; else UserError names both.
+
+    Accelerate falls back in silence: a variable in the environment turns DeepSpeed into DDP, and FSDP on CPUs into
+    copies that train alone.
+    """
+    world, found = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type.value
+    is_other = (found if found in ("DEEPSPEED", "FSDP") else "DDP") != requested_backend()
+    if is_other or accelerator.num_processes != world:
+        why = (
+            ": FSDP cuts models on GPUs only"
+            if requested_backend() == "FSDP" and accelerator.device.type == "cpu"
+            else ""
+        )
+        raise UserError(
+            f"the launch asks for {requested_backend()} on {world} processes, but Accelerate has started {found} with "
+            f"{accelerator.num_processes}{why}; look at the file given to --config_file, and for ACCELERATE_USE_CPU in "
+            "the environment"
+        )
+    return accelerator
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed's engine accumulates, clips and steps by itself, told by `sync_gradients` when."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED

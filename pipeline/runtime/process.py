@@ -1,0 +1,46 @@
+"""This process: its place among the processes of a launch, its memory, its exit status."""
+
+import ctypes
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from pipeline.config.errors import UserError
+
+
+def processes() -> PartialState:
+    """The processes of this run, joined at the first call; Accelerate joins them on CPUs (gloo) only when told to."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def is_main() -> bool:
+    return processes().is_main_process
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse a large tensor's memory instead of giving its pages back and faulting them in again.
+
+    On a CPU a pretraining step is 1.5 times as fast (docs/log.md). Nothing happens where there is no glibc.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def stage_main(train: Callable[[Any], object], config: Any) -> None:
+    """Runs a stage from the shell: an error that the user can mend is one sentence and exit status 1."""
+    keep_freed_memory()
+    try:
+        train(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "the disk"
+        sys.exit(f"error: {place}: no space left; what was finished is untouched: make room, run again")

@@ -1,0 +1,69 @@
+"""What happens at a trainer's log lines and checkpoints."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import transformers
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline.runtime.process import processes
+from pipeline.runtime.stage_run import StageRun
+
+
+class MetricsCallback(TrainerCallback):
+    """Sends a trainer's log lines to the stage's metrics and its one progress bar."""
+
+    names: ClassVar[dict[str, str]] = {
+        "loss": "loss",
+        "grad_norm": "grad_norm",
+        "learning_rate": "learning_rate",
+        "num_tokens": "tokens",
+        "accuracy": "accuracy",
+        "margin": "score_difference",
+    }
+
+    def __init__(self, run: StageRun) -> None:
+        self.run, self.started, self.tokens = run, time.monotonic(), 0.0
+        self.before = run.resumed.facts["state"]["tokens"] if run.resumed else 0.0  # read by an earlier attempt
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.run.heartbeat.phase = f"step {state.global_step}"  # steps are short: the next beat will write it
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        metrics = {ours: logs[theirs] for theirs, ours in self.names.items() if theirs in logs}
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"{self.run.stage}: loss is {metrics['loss']} at step {state.global_step}: stopped"
+            )
+        metrics["tokens_per_second"] = round((metrics["tokens"] - self.before) / (time.monotonic() - self.started))
+        self.run.log(state.global_step, metrics)
+        shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_second']:,}"}
+        if "accuracy" in metrics:
+            shown["accuracy"] = f"{metrics['accuracy']:.3f}"
+        self.run.progress(state.max_steps, state.global_step, **shown)
+
+
+class CheckpointCallback(TrainerCallback):
+    """Makes a stage's checkpoint of what the trainer has just written."""
+
+    def __init__(self, run: StageRun, trainer: transformers.Trainer) -> None:
+        self.run, self.trainer = run, trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert args.output_dir is not None
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+        def take(folder: Path) -> None:
+            if processes().is_main_process:
+                for path in written.iterdir():
+                    path.rename(folder / path.name)
+                written.rmdir()
+
+        processes().wait_for_everyone()
+        self.run.checkpoint(state.global_step, take, {"tokens": self.trainer._total_train_tokens})  # type: ignore[attr-defined]

@@ -1,0 +1,144 @@
+"""TRL's trainers under our dials and loss, for pretraining, SFT and reward training."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_callback import PrinterCallback
+from trl import RewardTrainer, SFTTrainer
+
+from pipeline.config.dials import Optim, Run
+from pipeline.config.errors import UserError
+from pipeline.core.losses import next_token_loss
+from pipeline.core.tensors import masked_sum
+from pipeline.data.tokenizer import hash_tokenizer, load_tokenizer
+from pipeline.models.sharding import Model, full_state_dict, is_sharded, load_full_state_dict, meta_copy
+from pipeline.runtime.launch import keep_torch_optimizer, validate_launch
+from pipeline.runtime.precision import autocast
+from pipeline.runtime.process import processes
+from pipeline.runtime.stage_run import StageRun
+from pipeline.training.callbacks import CheckpointCallback, MetricsCallback
+
+
+def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
+    """The arguments that TRL's SFTConfig and RewardConfig share, from our dials."""
+    return dict(
+        output_dir=str(folder / "checkpoints/trainer"),
+        seed=run.seed,
+        bf16=False,  # `trained` does that, alike under every strategy
+        fp16=run.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),
+        gradient_checkpointing=optim.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        per_device_train_batch_size=optim.rows_per_forward(processes().num_processes),
+        gradient_accumulation_steps=optim.accumulation(processes().num_processes),
+        num_train_epochs=optim.num_train_epochs,
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        adam_beta2=optim.adam_beta2,
+        max_grad_norm=optim.max_grad_norm,
+        lr_scheduler_type="cosine",
+        warmup_steps=optim.warmup_steps,
+        logging_steps=10,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if run.save_steps else "no",
+        save_steps=run.save_steps or 1,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def group_by_length(rows: Dataset, lengths: Sequence[int], batch_size: int, seed: int) -> Dataset:
+    """The rows in an order whose consecutive batches hold like lengths and come in random order.
+
+    For `train_sampling_strategy="sequential"`. transformers' own grouping runs from long to short within each fifty
+    batches, and where length goes with the kind of text the model then chases one kind after the other. `lengths` must
+    say nothing about the label: see `pipeline.reward.pair_lengths`.
+    """
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=random)
+    pools = [sorted(pool.tolist(), key=lambda row: lengths[row]) for pool in order.split(50 * batch_size)]
+    batches = [pool[start : start + batch_size] for pool in pools for start in range(0, len(pool), batch_size)]
+    shuffled = torch.randperm(len(batches), generator=random).tolist()
+    return rows.select([row for batch in shuffled for row in batches[batch]])
+
+
+def run_training(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRun) -> Model:
+    """Trains, from the stage's checkpoint if there is one, with our log in place of the trainer's printing.
+
+    Returns the model, whole on every process.
+    """
+    accelerator = validate_launch(trainer.accelerator)
+    keep_torch_optimizer(accelerator)
+    empty = meta_copy(model) if is_sharded(accelerator) else None
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MetricsCallback(run))
+    trainer.add_callback(CheckpointCallback(run, trainer))
+    start = None
+    if run.resumed:
+        start = str(run.resumed.folder)
+        trainer._total_train_tokens = run.resumed.facts["state"]["tokens"]
+        assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
+        if hash_tokenizer(load_tokenizer(start)) != hash_tokenizer(trainer.processing_class):
+            raise UserError(f"{start}: the tokenizer made now is another; move {run.checkpoints} away to start again")
+    with autocast_forward(model, run.config.run.precision):
+        trainer.train(resume_from_checkpoint=start)
+    unset_hf_deepspeed_config()  # as in new_accelerator
+    run.heartbeat.enter("evaluation")
+    return model if empty is None else load_full_state_dict(empty, full_state_dict(model))
+
+
+@contextmanager
+def autocast_forward(model: nn.Module, precision: str) -> Iterator[None]:
+    """Within it the model's forward runs in that precision and gives fp32, as Accelerate has it under DDP alone."""
+    own = vars(model).get("forward")  # a trainer may have put one on the instance
+    model.forward = convert_outputs_to_fp32(autocast(precision)(model.forward))
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+class NextTokenTrainer(SFTTrainer):
+    """TRL's SFTTrainer with our next-token loss: textbook label smoothing in one forward, one global denominator."""
+
+    def __init__(self, *, label_smoothing: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.label_smoothing = label_smoothing
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without IA3's vectors: decay would pull them to 0, where nothing is 1."""
+        return [name for name in super().get_decay_parameter_names(model) if "ia3_l" not in name.split(".")]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the token losses over the number of tokens in the optimiser step on all processes."""
+        ids = inputs["input_ids"]
+        # Rows are padded and masked, or (by bfd_split) joined into one whose positions say where each text starts.
+        place = "attention_mask" if "attention_mask" in inputs else "position_ids"
+        outputs = model(input_ids=ids, use_cache=False, **{place: inputs[place]})
+        losses, mask = next_token_loss(outputs.logits, inputs["labels"], self.label_smoothing)
+        # DDP averages gradients over processes, so the sum of each is scaled by their number.
+        loss = masked_sum(losses, mask) / num_items_in_batch * self.accelerator.num_processes
+        tokens = self.accelerator.gather(inputs.get("attention_mask", torch.ones_like(ids)).sum()).sum()
+        self._total_train_tokens += tokens.item()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return (loss, outputs) if return_outputs else loss
+
+
+def count_tokens(rows: Dataset) -> int:
+    """Tokens in all rows."""
+    return sum(len(ids) for ids in rows["input_ids"])

@@ -1,0 +1,51 @@
+"""Every YAML of every recipe parses, and says in its first two lines how to run it and what to expect."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config.dials import Run
+from pipeline.config.parse import Config, parse
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KINDS = {kind.__name__.lower(): kind for kind in Config.__constraints__}
+FILES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate")
+
+
+def test_the_kinds_are_the_stages():
+    assert set(KINDS) == {path.stem for path in (ROOT / "stages").glob("*.py")} - {"data"}
+
+
+@pytest.mark.parametrize("recipe", ["imdb", "smoke"])
+def test_a_recipe_has_a_file_for_every_stage(recipe):
+    assert {path.stem for path in FILES if path.parent.name == recipe} == set(KINDS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_a_config_parses_and_is_its_recipes(file):
+    parsed = parse(KINDS[file.stem], ["--config", str(file)])
+    assert parsed.run.recipe == file.parent.name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_a_config_opens_with_its_command_and_what_to_expect(file):
+    command, expectation = file.read_text(encoding="utf-8").splitlines()[:2]
+    recipe = "" if file.parent.name == Run().recipe else f" RECIPE={file.parent.name}"
+    command = command.split(" ARGS=")[0]
+    assert command in (f"# make {file.stem}{recipe}", f"# make {file.stem} RECIPE={file.parent.name}")
+    assert expectation.startswith("# ")
+    assert len(expectation) > len("# ")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_a_config_gives_each_dial_once(file):
+    keys = [line.split(":")[0] for line in file.read_text(encoding="utf-8").splitlines() if line[:1] not in ("#", "")]
+    assert len(keys) == len(set(keys))
+    assert keys == list(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+
+
+def test_the_smoke_recipe_is_small_and_reports_nowhere():
+    for stage, kind in KINDS.items():
+        parsed = parse(kind, ["--config", str(ROOT / "configs" / "smoke" / f"{stage}.yaml")])
+        assert parsed.run.report_to == "none"

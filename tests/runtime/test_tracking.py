@@ -1,0 +1,217 @@
+"""What reaches wandb and TensorBoard, read back from what they wrote; and that no tracker decides a run's result."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto import event_pb2
+from wandb.proto import wandb_internal_pb2
+
+from pipeline.config.errors import UserError
+from pipeline.config.parse import parse
+from pipeline.config.stages import SFT, Merge
+from pipeline.data.sources import hash_sources
+from pipeline.runtime.stage_run import StageRun, verify_files
+from pipeline.runtime.tracking import PACKAGES, Tracking
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+RUN = """
+from pathlib import Path
+from pipeline.config.parse import parse
+from pipeline.config.stages import SFT, Pretrain
+from pipeline.data.sources import hash_sources
+from pipeline.runtime.stage_run import StageRun
+dials = ["--config", "empty.yaml", "--recipe", "r", "--seed", "7", "--report_to", "wandb"]
+def write(folder):
+    (folder / "model.safetensors").write_bytes(b"weights")
+with StageRun("pretrain", parse(Pretrain, dials), {}, hash_sources(["train.jsonl"])) as run:
+    base = run.finish(write, {"loss": 3.0})
+with StageRun("sft", parse(SFT, dials), {"base": base}, hash_sources(["train.jsonl"])) as run:
+    for step in (1, 2):
+        run.log(step, {"loss": 2.0 - step, "grad_norm": 0.5})
+        run.sample([{"step": step, "prompt": "größe", "response": "a | b", "score": step / 2}], step)
+    run.finish(write, {"loss": 0.25})
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.yaml").write_text("{}\n")
+    Path("train.jsonl").write_text('{"prompt": "a", "completion": " b"}\n')
+    return tmp_path
+
+
+def start(project, **env):
+    """RUN in a process of its own, with no wandb setting but those given."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    kept |= {"HOME": str(project), "NETRC": str(project / "none"), "PYTHONPATH": str(ROOT), "COLUMNS": "500"}
+    return subprocess.run(
+        [sys.executable, "-c", RUN],
+        cwd=project, env=kept | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def records(folder: Path) -> dict[str, list]:
+    """The records of an offline run's one .wandb file (LevelDB's log format), by kind."""
+    [file] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, place, whole = file.read_bytes(), 7, b""
+    found = defaultdict(list)
+    while place + 7 <= len(data):
+        if (room := 32768 - place % 32768) < 7:
+            place += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # the whole record, or its last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            name = record.WhichOneof("record_type")
+            found[name].append(getattr(record, name))
+            whole = b""
+    return found
+
+
+def values(items) -> dict:
+    """A history record's values; a table is several items of one name."""
+    found: dict = {}
+    for item in items:
+        name, *field = item.nested_key or [item.key]
+        value = json.loads(item.value_json)
+        if field:
+            found.setdefault(name, {})[field[0]] = value
+        else:
+            found[name] = value
+    return found
+
+
+def test_an_offline_run_holds_names_config_tables_and_linked_artifacts(project):
+    done = start(project)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wandb: offline; upload with `wandb sync ") == 2
+    base, found = records(project / "runs/r/pretrain"), records(project / "runs/r/sft")
+
+    [run] = found["run"]
+    assert (run.project, run.run_group, run.job_type) == ("rlhf-pipeline", "r", "sft")
+    assert run.display_name.startswith("r-sft-seed7-")
+    config = {item.key: json.loads(item.value_json) for part in found["config"] for item in part.update}
+    config |= {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (config["seed"], config["recipe"], config["label_smoothing"]) == (7, "r", 0.0)
+
+    history = [values(row.item) for row in found["history"]]
+    metrics = [row["sft/loss"] for row in history if "sft/loss" in row]
+    assert metrics == [1.0, 0.0]
+    assert {name for row in history for name in row if not name.startswith("_")} == {
+        "sft/loss",
+        "sft/grad_norm",
+        "sft/samples",
+    }
+    tables = [row["sft/samples"] for row in history if "sft/samples" in row]
+    assert len(tables) == 2
+    [folder] = (project / "runs/r/sft/wandb").glob("offline-run-*")
+    table = json.loads((folder / "files" / tables[1]["path"]).read_text())
+    assert table == {"columns": ["step", "prompt", "response", "score"], "data": [[2, "größe", "a | b", 1.0]]} | {
+        name: value for name, value in table.items() if name not in ("columns", "data")
+    }
+    summary = {item.key: item.value_json for part in found["summary"] for item in part.update}
+    assert summary["sft/loss"] == "0.25"
+
+    prints = {stage: verify_files(project / "runs/r" / stage / "final")["fingerprint"] for stage in ("pretrain", "sft")}
+    [made] = [artifact for artifact in base["artifact"] if artifact.type == "model"]
+    assert (made.name, json.loads(made.metadata)["fingerprint"]) == ("r-pretrain", prints["pretrain"])
+    [made] = [artifact for artifact in found["artifact"] if artifact.type == "model"]
+    assert (made.name, set(made.aliases)) == ("r-sft", {"latest", prints["sft"][:12]})
+    assert json.loads(made.metadata) == {
+        "fingerprint": prints["sft"], "made_from": {"base": f"r-pretrain:{prints['pretrain'][:12]}"},
+    }  # fmt: skip
+    [weights] = [entry for entry in made.manifest.contents if entry.path == "model.safetensors"]
+    assert weights.ref.endswith("runs/r/sft/final/model.safetensors")
+
+
+def test_with_wandb_unreachable_the_result_is_the_same_with_one_warning(project):
+    key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = start(project, **key)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wandb: warning: logged offline, since") == 2  # one per stage
+    assert "Traceback" not in done.stderr
+    content = {f.name: f.read_bytes() for f in (project / "runs/r/sft/final").iterdir() if f.name != "DONE.json"}
+    assert content == {"model.safetensors": b"weights"}
+    assert records(project / "runs/r/sft")["history"]
+    fingerprint = verify_files(project / "runs/r/sft/final")["fingerprint"]
+    (project / "runs").rename(project / "first")
+    assert start(project).returncode == 0
+    assert verify_files(project / "runs/r/sft/final")["fingerprint"] == fingerprint
+
+
+def events(folder: Path) -> list:
+    """The values of TensorBoard's event files: each record is its length, a checksum, the data, a checksum."""
+    found = []
+    for file in sorted(folder.rglob("events.*")):
+        data, place = file.read_bytes(), 0
+        while place < len(data):
+            [size] = struct.unpack_from("<Q", data, place)
+            event = event_pb2.Event.FromString(data[place + 12 : place + 12 + size])
+            found += [(event.step, value) for value in event.summary.value]
+            place += size + 16
+    return found
+
+
+def test_tensorboard_gets_metrics_config_and_samples(project):
+    dials = ["--config", "empty.yaml", "--recipe", "r", "--report_to", "tensorboard"]
+    with StageRun("merge", parse(Merge, dials), {}, hash_sources(["train.jsonl"])) as run:
+        run.log(1, {"loss": 2.0})
+        run.log(2, {"loss": 1.0})
+        run.sample([{"prompt": "a", "response": "b | c\nd"}], 2)
+        run.finish(lambda folder: (folder / "a.txt").write_text("a"), {"loss": 1.0})
+    found = events(project / "runs/r/merge/tensorboard")
+    assert [(step, value.simple_value) for step, value in found if value.tag == "merge/loss"] == [(1, 2.0), (2, 1.0)]
+    [table] = [value.tensor.string_val[0] for _, value in found if value.tag.startswith("merge/samples")]
+    assert table.decode().splitlines() == ["| prompt | response |", "| --- | --- |", "| a | b \\| c d |"]
+    assert any("hparams" in value.tag for _, value in found)
+
+
+def test_a_missing_package_is_named_before_anything_is_written(project, monkeypatch):
+    monkeypatch.setitem(PACKAGES, "trackio", ("no_such_package",))
+    with pytest.raises(UserError, match="report_to trackio needs a package: `pip install no_such_package`"):
+        Tracking("trackio", "sft", "r", 0, project, {}, "1")
+
+
+def test_none_does_nothing(project):
+    tracking = Tracking("none", "sft", "r", 0, project, vars(parse(SFT, ["--config", "empty.yaml"]).run), "1")
+    tracking.log({"loss": 1.0}, 1)
+    tracking.table([{"a": 1}], 1)
+    tracking.finished({}, project, "", {})
+    tracking.close(failed=True)
+    assert {path.name for path in project.iterdir()} == {"empty.yaml", "train.jsonl"}
+
+
+def test_a_stage_that_goes_on_is_the_same_run_in_wandb(project):
+    done = subprocess.run(
+        [sys.executable, "-c", """
+from pathlib import Path
+from pipeline.config import Pretrain, parse
+from pipeline.run import StageRun
+config = parse(Pretrain, ["--config", "empty.yaml", "--recipe", "r"])
+for step in (1, 2):
+    run = StageRun("pretrain", config, {}, hash_sources(["train.jsonl"]))
+    try:
+        with run:
+            print("run id", run._tracking.tracker.run.id, run.resumed and run.resumed.step)
+            run.checkpoint(step, lambda folder: (folder / "weights").write_text("w"), {})
+            raise KeyError
+    except KeyError:
+        pass
+"""],
+        cwd=project, env={**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}, capture_output=True,
+        text=True, timeout=120, check=True,
+    )  # fmt: skip
+    first, second = [line.split() for line in done.stdout.splitlines() if line.startswith("run id")]
+    assert first[2] == second[2]
+    assert (first[3], second[3]) == ("None", "1")
