@@ -9,9 +9,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: Mapping[str, tuple[str, ...]] = {
-    "config": ("errors", "dials", "commands stages", "parse"),
+    "config": ("errors names", "dials", "commands stages", "values", "help", "parse"),
     "core": ("tensors losses", "advantages"),
-    "runtime": ("hashing process", "console precision watchdog", "launch tracking", "checkpoints", "stage_run"),
+    "runtime": (
+        "hashing internals process",
+        "console precision watchdog",
+        "launch tracking",
+        "checkpoints",
+        "stage_run",
+    ),
     "data": ("imdb sources tokenizer", "formats", "tokenize"),
     "evaluation": ("statistics", "text report", "judges"),
     "models": ("multi_adapter sharding", "loading", "saving", "forward", "heads", "actor_critic"),

@@ -19,7 +19,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 from pipeline.config.errors import UserError
-from pipeline.config.parse import nearest
+from pipeline.config.names import nearest
 
 
 class ExpressionError(UserError):

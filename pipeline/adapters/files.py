@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapters.algebra import Factors, Scales, Update, factors, has_bias, kind
 from pipeline.config.errors import UserError
-from pipeline.config.parse import nearest
+from pipeline.config.names import nearest
 from pipeline.data.tokenizer import ModelError, first_line, hash_tokenizer, load_tokenizer
 from pipeline.models.loading import ATTN_IMPLEMENTATION, disable_dropout_, freeze, load_language_model
 from pipeline.models.multi_adapter import PREFIX, hash_weights

@@ -45,7 +45,8 @@ from pipeline.adapters.metrics import (
     weights_of,
 )
 from pipeline.config.commands import Search
-from pipeline.config.parse import flat, nearest
+from pipeline.config.names import nearest
+from pipeline.config.parse import flat
 from pipeline.data.sources import hash_source
 from pipeline.evaluation.statistics import paired_difference_ci
 from pipeline.models.loading import check_model

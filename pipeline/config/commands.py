@@ -57,13 +57,13 @@ class Inspect:
 class Verify:
     """A composed adapter made anew from its parents, and what they and it write: `verify runs/x/composed`."""
 
-    adapter: str = dial("", "folder of the composed adapter; stands first, unnamed")
-    adapters: str = dial("", "parents that have moved: name=folder,name=folder")
+    adapter: str = dial("", "folder of the composed adapter; stands first, unnamed", usual=True)
+    adapters: str = dial("", "parents that have moved: name=folder,name=folder", usual=True)
     base: str = dial("", BASE)
     prompts_file: str = dial(
-        "data/imdb/ppo/validation.jsonl", "`prompt` rows that parents and result answer; empty: none"
+        "data/imdb/ppo/validation.jsonl", "`prompt` rows that parents and result answer; empty: none", usual=True
     )
-    prompts: int = dial(64, "how many prompts", low=2)
+    prompts: int = dial(64, "how many prompts", low=2, usual=True)
     bad_rows: str = dial(
         "error", "a row that cannot be used stops it, or is left out and counted", choices=("error", "drop")
     )
@@ -79,25 +79,31 @@ MEASURES = ("loss", "accuracy", "reward", "vader", "classifier")
 class Search:
     """Numbers for an expression's variables, found without training: `search "sft + $x*good" --range x=0:1.5`."""
 
-    expression: str = dial("", "sum of adapters with $variables (docs/adapter-arithmetic.md); stands first, unnamed")
-    adapters: str = dial("", "what the names mean: name=folder,name=folder")
-    range: str = dial("", "where each variable may lie: x=0:1.5,y=-1:1")
-    out: str = dial("", "folder to write, not there yet")
+    expression: str = dial(
+        "", "sum of adapters with $variables (docs/adapter-arithmetic.md); stands first, unnamed", usual=True
+    )
+    adapters: str = dial("", "what the names mean: name=folder,name=folder", usual=True)
+    range: str = dial("", "where each variable may lie: x=0:1.5,y=-1:1", usual=True)
+    out: str = dial("", "folder to write, not there yet", usual=True)
     base: str = dial("", BASE)
     objective: str = dial(
         "loss",
         "what is made best: loss of completions (nats per token), accuracy (the chosen of a pair is the likelier), or "
         "of sampled responses the reward model's score, VADER's compound or the fitted classifier's P(positive)",
         choices=MEASURES,
+        usual=True,
     )
     constraints: str = dial(
         "",
         "what must hold meanwhile: `perplexity <= 1.05*base, kl <= 6`; base is the model without adapters; objectives "
         "and repetition may be named too",
+        usual=True,
     )
     also: str = dial("", "comma-separated measures, as in constraints, that decide nothing and are reported")
-    validation_file: str = dial("", "`prompt` + `completion` (loss), pairs (accuracy), else `prompt`: " + SOURCES)
-    test_file: str = dial("", "rows as in validation_file and none of them; measured once, at the end")
+    validation_file: str = dial(
+        "", "`prompt` + `completion` (loss), pairs (accuracy), else `prompt`: " + SOURCES, usual=True
+    )
+    test_file: str = dial("", "rows as in validation_file and none of them; measured once, at the end", usual=True)
     retain_file: str = dial("", "`text` of the perplexity: " + SOURCES)
     retain_test_file: str = dial("", "rows as in retain_file and none of them; measured once, at the end")
     reference: str = dial("base", "expression that kl is measured from: the policy before alignment")
@@ -105,7 +111,7 @@ class Search:
     judge_file: str = dial("", "the classifier is fitted to these rows: " + JUDGED)
     rows: int = dial(0, "use the first n rows of each file; 0: all", low=0)
     max_length: int = dial(128, "longest row; a longer one is left out, of retain_file cut", low=4)
-    budget: int = dial(25, "trials at most", low=1)
+    budget: int = dial(25, "trials at most", low=1, usual=True)
     grid: int = dial(0, "how many of them lie on a grid, the others where it was best; 0: half of them", low=0)
     batch_size: int = dial(64, "sequences per forward", low=1)
     bad_rows: str = dial(

@@ -19,6 +19,8 @@ def dial(
     default: Any,
     help: str,
     *,
+    group: str = "",
+    usual: bool = False,
     choices: tuple = (),
     low: float | None = None,
     high: float | None = None,
@@ -26,10 +28,13 @@ def dial(
 ) -> Any:
     """A dataclass field with its help text, closed set of values or inclusive range.
 
+    `group` is the heading in `--help all` of this dial and of those after it in its dataclass; a
+    `usual` one stands in `--help` too.
     `place` marks a dial that says where something lies, not what it is: a stage is told apart by its inputs' content.
     """
     return dataclasses.field(
-        default=default, metadata=dict(help=help, choices=choices, low=low, high=high, place=place)
+        default=default,
+        metadata=dict(help=help, group=group, usual=usual, choices=choices, low=low, high=high, place=place),
     )
 
 
@@ -42,16 +47,21 @@ def exact(total: int, parts: int, what: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    recipe: str = dial("imdb", "name of the recipe: the folder of its runs and the wandb group")
-    runs: str = dial("runs", "folder that holds <recipe>/<stage>/", place=True)
-    seed: int = dial(0, "seed of initialisation, data order and sampling", low=0)
+    recipe: str = dial(
+        "imdb",
+        "name of the recipe: the folder of its runs and the wandb group (transformers' run_name)",
+        group="run",
+        usual=True,
+    )
+    runs: str = dial("runs", "folder that holds <recipe>/<stage>/, which is transformers' output_dir", place=True)
+    seed: int = dial(0, "seed of initialisation, data order and sampling", low=0, usual=True)
     bad_rows: str = dial(
         "error", "a row that cannot be used stops the stage, or is left out and counted", choices=("error", "drop")
     )
     precision: str = dial(
         "auto",
-        "arithmetic of forward and backward; weights stay fp32 (auto: bf16 where that is fast, else fp32; fp16: on "
-        "CUDA GPUs, with a loss scale)",
+        "arithmetic of forward and backward (transformers' bf16 and fp16); weights stay fp32 (auto: bf16 where that is "
+        "fast, else fp32; fp16: on CUDA GPUs, with a loss scale)",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     save_steps: int = dial(
@@ -82,16 +92,23 @@ class Run:
 class Optim:
     """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), warm-up, then cosine to zero."""
 
-    learning_rate: float = dial(1e-3, "peak learning rate", low=0)
+    learning_rate: float = dial(1e-3, "peak learning rate", low=0, group="optimiser", usual=True)
     weight_decay: float = dial(0.1, "decoupled decay of matrices (not of biases and norms)", low=0)
     adam_beta2: float = dial(0.95, "decay of the second moment", low=0, high=1)
     warmup_steps: float = dial(
         0.05, "optimiser steps in which the learning rate rises linearly; below 1: their share of all steps", low=0
     )
     max_grad_norm: float = dial(1.0, "global gradient norm above which gradients are scaled down", low=0)
-    num_train_epochs: float = dial(1.0, "passes over the training rows", low=0)
-    batch_size: int = dial(32, "rows per optimiser step, over all processes", low=1)
-    micro_batch: int = dial(32, "rows per forward on one process", low=1)
+    num_train_epochs: float = dial(1.0, "passes over the training rows", low=0, usual=True)
+    batch_size: int = dial(
+        32,
+        "rows per optimiser step, over all processes (micro_batch x gradient_accumulation_steps x processes)",
+        low=1,
+        usual=True,
+    )
+    micro_batch: int = dial(
+        32, "rows per forward on one process (transformers' per_device_train_batch_size)", low=1, usual=True
+    )
     gradient_checkpointing: bool = dial(False, CHECKPOINTING)
 
     def rows_per_forward(self, processes: int) -> int:
@@ -108,7 +125,13 @@ class Optim:
 class Adapter:
     """LoRA (Hu et al., arXiv 2106.09685), rsLoRA (arXiv 2312.03732) or IA3 (Liu et al., arXiv 2205.05638)."""
 
-    adapter: str = dial("none", "train an adapter, or all weights", choices=("none", "lora", "ia3"))
+    adapter: str = dial(
+        "none",
+        "train an adapter, or all weights (TRL's use_peft)",
+        choices=("none", "lora", "ia3"),
+        group="adapter",
+        usual=True,
+    )
     lora_r: int = dial(16, "rank of the LoRA update", low=1)
     lora_alpha: float = dial(32.0, "LoRA scale: the update is alpha/rank * BA (rsLoRA: alpha/sqrt(rank))", low=0)
     use_rslora: bool = dial(False, "rank-stabilised scale")
@@ -129,8 +152,10 @@ class Adapter:
 class Sampling:
     """Pure sampling: what is sampled is exactly what is scored, so there is no top-k, top-p or penalty to set."""
 
-    max_new_tokens: int = dial(40, "longest response, in tokens, EOS included", low=1)
-    max_prompt_tokens: int = dial(64, "longest prompt, in tokens", low=1)
+    max_new_tokens: int = dial(
+        40, "longest response, in tokens, EOS included (TRL's response_length)", low=1, group="sampling", usual=True
+    )
+    max_prompt_tokens: int = dial(64, "longest prompt, in tokens (TRL's max_prompt_length)", low=1)
     long_prompts: str = dial(
         "cut", "a longer prompt keeps its end, is left out, or stops the stage", choices=("cut", "drop", "error")
     )

@@ -2,20 +2,20 @@
 
 import argparse
 import dataclasses
-import difflib
-import math
-import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from pipeline.config.commands import Compose, Inspect, MergeAdapter, Search, Verify
 from pipeline.config.errors import ConfigError
+from pipeline.config.help import asked_help, help_page
+from pipeline.config.names import unknown
 from pipeline.config.stages import PPO, SFT, Chat, Evaluate, Merge, Pretrain, Reward
+from pipeline.config.values import Dial, as_text, dials, with_values
 
 Config = TypeVar("Config", Pretrain, SFT, Reward, PPO, Merge, Evaluate, Chat)
 Command = TypeVar("Command", Compose, Verify, Inspect, MergeAdapter, Search)
@@ -23,16 +23,12 @@ Command = TypeVar("Command", Compose, Verify, Inspect, MergeAdapter, Search)
 
 def flat(config: Any) -> dict[str, Any]:
     """All dials of a config by name."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        values |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return values
+    return {dial.name: dial.value for dial in dials(config)}
 
 
 def identity(config: Any) -> dict[str, Any]:
     """The dials that decide what a stage computes."""
-    return {field.name: getattr(owner, field.name) for owner, field, _ in _dials(config) if not field.metadata["place"]}
+    return {dial.name: dial.value for dial in dials(config) if not dial.meta["place"]}
 
 
 def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
@@ -42,7 +38,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     """
     stage = kind.__name__.lower()
     argv = list(sys.argv[1:] if argv is None else argv)
-    return _parse(kind, f"stages/{stage}.py", f"The {stage} stage.", f"configs/imdb/{stage}.yaml", argv)
+    return _parse(kind(), f"stages/{stage}.py", f"The {stage} stage.", f"configs/imdb/{stage}.yaml", argv)
 
 
 def parse_command(kind: type[Command], program: str, argv: Sequence[str]) -> Command:
@@ -53,134 +49,85 @@ def parse_command(kind: type[Command], program: str, argv: Sequence[str]) -> Com
     argv = list(argv)
     if argv and argv[0] != "-h" and not re.match(r"--\w+(=|$)", argv[0]):
         argv[0] = f"--{dataclasses.fields(kind)[0].name}={argv[0]}"  # an expression may begin with a minus sign
-    return _parse(kind, program, str(kind.__doc__), "", argv)
+    return _parse(kind(), program, str(kind.__doc__), "", argv)
 
 
-def _parse(kind: Any, program: str, about: str, default_file: str, argv: list[str]) -> Any:
-    defaults = kind()
-    parser = _Parser(prog=program, description=about, formatter_class=_Help, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help=f"YAML of dials (default: {default_file or 'none'})")
-    for owner, field, hint in _dials(defaults):
-        default = getattr(owner, field.name)
-        parser.add_argument(
-            f"--{field.name}", type=_reader(field, hint), default=default, metavar=_metavar(field, hint),
-            help=f"{field.metadata['help']} (default: {_text(default) or 'empty'})".replace("%", "%%"),
-        )  # fmt: skip
-    file = _config_file(argv) or default_file
-    helps = not {"-h", "--help"}.isdisjoint(argv)  # answers wherever it is asked, with or without a readable file
-    given = parser.parse_args(argv if helps or not file else _yaml_tokens(Path(file), parser) + argv)
+def _parse(defaults: Any, program: str, about: str, default_file: str, argv: list[str]) -> Any:
+    if page := asked_help(argv):  # answers with or without a readable file
+        print(help_page(defaults, program, about, default_file, page), end="")
+        sys.exit(0)
+    stage = type(defaults).__name__.lower()
+    known = {dial.name: dial for dial in dials(defaults)}
     try:
-        config = _rebuild(defaults, vars(given))
+        given = _words(argv, known, stage)
+        file = given.pop("config", default_file)
+        values = flat(defaults) | (_read_file(Path(file), known, stage) if file else {})
+        for name, text in given.items():
+            values[name] = _read(known[name], text, f"argument --{name}")
+        config = with_values(defaults, values)
         if hasattr(config, "check"):
             config.check()
     except ConfigError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     return config
-
-
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=min(120, int(os.environ.get("COLUMNS", "120"))))
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            key = unknown.split(" ")[0].lstrip("-").split("=")[0]
-            message = f"unknown dial '{key}'" + nearest(key, [a.dest for a in self._actions])
-        self.exit(2, f"error: {message}\n")
+        raise ConfigError(message)
 
 
-def nearest(key: str, known: Sequence[str]) -> str:
-    """'; did you mean …?' where a known name is close."""
-    close = difflib.get_close_matches(key, known, 1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+def _words(argv: list[str], known: Mapping[str, Dial], stage: str) -> dict[str, str]:
+    """What the command line gives each dial, and `config`, as text."""
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in ("config", *known):
+        parser.add_argument(f"--{name}")
+    given, others = parser.parse_known_args(argv)
+    if others:
+        raise ConfigError(unknown(others[0].lstrip("-").split("=")[0], ("config", *known), stage))
+    return vars(given)
 
 
-def _dials(config: Any) -> Iterator[tuple[Any, dataclasses.Field, Any]]:
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _dials(value)
-        else:
-            yield config, field, hints[field.name]
-
-
-def _rebuild(config: Any, values: dict[str, Any]) -> Any:
-    fields = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        fields[field.name] = _rebuild(value, values) if dataclasses.is_dataclass(value) else values[field.name]
-    return type(config)(**fields)
-
-
-def _reader(field: dataclasses.Field, hint: Any) -> Any:
-    meta = field.metadata
-
-    def read(text: str) -> Any:
-        if hint == float | None and text == "none":
-            return None
-        kind = float if hint == float | None else hint
-        try:
-            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            expected = {int: "an integer", float: "a number", bool: "true or false"}[kind]
-            raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'") from None
-        if isinstance(value, float) and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"expected a finite number, got '{text}'")
-        if meta["choices"] and value not in meta["choices"]:
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(meta['choices'])}, got '{text}'")
-        if meta["low"] is not None and value < meta["low"]:
-            raise argparse.ArgumentTypeError(f"expected at least {meta['low']}, got {text}")
-        if meta["high"] is not None and value > meta["high"]:
-            raise argparse.ArgumentTypeError(f"expected at most {meta['high']}, got {text}")
-        return value
-
-    return read
-
-
-def _metavar(field: dataclasses.Field, hint: Any) -> str:
-    if field.metadata["choices"]:
-        return "|".join(field.metadata["choices"])
-    return {int: "N", float: "X", bool: "true|false", str: "TEXT"}.get(hint, "X|none")
-
-
-def _text(value: Any) -> str:
-    """A value as it is written on the command line and in YAML."""
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _config_file(argv: list[str]) -> str | None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    return first.parse_known_args(argv)[0].config
-
-
-def _yaml_tokens(file: Path, parser: _Parser) -> list[str]:
-    """The YAML file as command-line tokens, so that file and command line pass the same type checks."""
-    if not file.is_file():
-        parser.error(f"{file}: no such config file (run from the project's folder, or give --config)")
-    try:
-        rows = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
-        parser.error(f"{file}: not readable as YAML: {' '.join(str(error).split())}")
-    if not isinstance(rows, dict):
-        parser.error(f"{file}: expected `dial: value` lines")
-    known = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
-    tokens = []
-    for key, value in rows.items():
+def _read_file(file: Path, known: Mapping[str, Dial], stage: str) -> dict[str, Any]:
+    """The dials that a YAML file sets."""
+    values = {}
+    for key, value in _read_yaml(file).items():
         if key not in known:
-            parser.error(f"{file}: unknown dial '{key}'" + nearest(str(key), list(known)))
+            raise ConfigError(f"{file}: {unknown(str(key), list(known), stage)}")
         if isinstance(value, (dict, list)):
-            parser.error(f"{file}: {key}: expected one value, got {type(value).__name__}")
-        text = _text(value)
-        if known[key].metavar == "TEXT" and not isinstance(value, str):
-            parser.error(f"{file}: {key}: expected text, got {text}; put it in quotes")
-        try:
-            known[key].type(text)  # type: ignore[operator, misc]
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"{file}: {key}: {error}")
-        tokens.append(f"--{key}={text}")
-    return tokens
+            raise ConfigError(f"{file}: {key}: expected one value, got {type(value).__name__}")
+        dial, text = known[key], as_text(value)
+        if dial.takes == "TEXT" and not isinstance(value, str):
+            raise ConfigError(f"{file}: {key}: expected text, got {text}; put it in quotes")
+        values[key] = _read(dial, text, f"{file}: {key}")
+    return values
+
+
+def _read_yaml(file: Path) -> dict[Any, Any]:
+    """The lines of a YAML file, each key once."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such config file (run from the project's folder, or give --config)")
+    try:
+        text = file.read_text(encoding="utf-8")
+        rows, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
+        raise ConfigError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, yaml.MappingNode):
+        raise ConfigError(f"{file}: expected `dial: value` lines")
+    lines: dict[str, int] = {}
+    for key, _ in tree.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ConfigError(f"{file}: {key.value}: expected once, got in line {lines[key.value]} and in line {line}")
+        lines[key.value] = line
+    return rows
+
+
+def _read(dial: Dial, text: str, where: str) -> Any:
+    try:
+        return dial.read(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None

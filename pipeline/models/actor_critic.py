@@ -29,6 +29,7 @@ from pipeline.models.multi_adapter import (
     recompute_contexts,
     role,
 )
+from pipeline.runtime.internals import layers_kept_whole
 
 
 def add_reward_model(path: str | Path, policy: Policy) -> PreTrainedModel | ValueHead:
@@ -81,7 +82,7 @@ class ActorCritic(nn.Module):
         self.policy, self.critic, self.reward = policy, critic, reward
         self.temperature, self.pad_id = temperature, pad_id
         self.recomputes_layers = False
-        self._no_split_modules = unwrap_peft(policy)._no_split_modules  # the layers that FSDP gathers one at a time
+        self._no_split_modules = layers_kept_whole(unwrap_peft(policy))
 
     def checkpoint_activations(self) -> None:
         """In train mode the layers then keep their input alone; dropout is 0, so both modes compute the same."""

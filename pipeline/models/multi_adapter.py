@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.errors import UserError
 from pipeline.runtime.hashing import hash_value
+from pipeline.runtime.internals import active_adapters, forget_adapter, set_active_adapters
 
 POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
 AdapterConfig = LoraConfig | IA3Config
@@ -50,14 +51,14 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
 @contextmanager
 def use_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
     """Within it the layers read the named adapter, or (None) pass their base through, bit for bit."""
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    before = [active_adapters(layer) for layer in layers]
     for layer in layers:
-        layer._active_adapter, layer._disable_adapters = [] if name is None else [name], name is None
+        set_active_adapters(layer, [] if name is None else [name], disabled=name is None)
     try:
         yield
     finally:
         for layer, (names, is_base) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = names, is_base
+            set_active_adapters(layer, names, is_base)
 
 
 def role(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
@@ -148,12 +149,9 @@ def remove_adapter_(model: PreTrainedModel) -> PreTrainedModel:
         elif isinstance(layer, ModulesToSaveWrapper):
             model.set_submodule(name, layer.modules_to_save[POLICY])
     if any(isinstance(layer, BaseTunerLayer) for _, layer in found):
-        model._hf_peft_config_loaded = False  # save_pretrained would otherwise write an adapter alone
-        del model.peft_config
+        forget_adapter(model)
         for parameter in model.parameters():  # the adapter's loading froze the base
             parameter.requires_grad_(parameter.is_floating_point())  # what has 4 bits cannot be trained
-        # Left by the adapter's loading: save_pretrained would apply them to the name of every weight.
-        vars(model).pop("_weight_conversions", None)
     return model
 
 

@@ -16,6 +16,7 @@ from pipeline.models.multi_adapter import (
     adapter_config,
     base_state_dict,
 )
+from pipeline.runtime.internals import forget_quantization
 
 # saving
 
@@ -43,8 +44,7 @@ def save_with_base(model: Policy, folder: Path) -> None:
         trunk = f"{base.base_model_prefix}."
         heads = {name: weight for name, weight in weights.items() if not name.startswith(trunk)}
         weights = {n: w for n, w in base_state_dict(full_precision_base(base)).items() if n.startswith(trunk)} | heads
-        vars(base).pop("hf_quantizer", None)  # else it would write weights of its own choice
-        vars(base.config).pop("quantization_config", None)
+        forget_quantization(base)
     config = adapter_config(model)
     config.base_model_name_or_path = None
     source, base.name_or_path = base.name_or_path, None  # else PEFT writes this path again

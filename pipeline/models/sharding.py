@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pipeline.runtime.internals import remove_forward_override
 from pipeline.runtime.launch import uses_deepspeed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,7 +39,7 @@ def meta_copy(module: Model) -> Model:
     }
     empty = copy.deepcopy(module, weights)
     for part in empty.modules():
-        vars(part).pop("forward", None)
+        remove_forward_override(part)
     return empty
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,6 +34,7 @@ from pipeline.runtime import checkpoints
 from pipeline.runtime.checkpoints import Checkpoint
 from pipeline.runtime.console import console, print_main
 from pipeline.runtime.hashing import file_manifest, first_changed_file, fsync_folder, hash_folder, hash_value
+from pipeline.runtime.internals import reset_accelerator_state
 from pipeline.runtime.launch import check_deepspeed, new_accelerator, parallel_strategy, uses_deepspeed
 from pipeline.runtime.precision import resolve_precision
 from pipeline.runtime.process import is_main, processes
@@ -92,7 +92,7 @@ class StageRun:
         self.data = dict(data)
         self.data_hashes = [content for _, content in data]
         self.started = time.monotonic()
-        AcceleratorState._reset_state()  # of a stage before this one in the same process, of another precision
+        reset_accelerator_state()  # of a stage before this one in the same process
         accelerator = new_accelerator(config.run.precision)  # a launch that is not what it seems: no work is begun
         if uses_deepspeed(accelerator):
             check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)

@@ -16,6 +16,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 
 from pipeline.config.errors import UserError
 from pipeline.runtime.console import print_main
+from pipeline.runtime.internals import is_offline
 
 PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
 
@@ -94,7 +95,7 @@ class Tracking:
         )
         artifact.add_reference(final.resolve().as_uri())
         run.log_artifact(artifact, aliases=["latest", fingerprint[:12]])
-        if not run.settings._offline:
+        if not is_offline(run):
             for name in made_from.values():
                 try:
                     run.use_artifact(name, type="model")
@@ -105,7 +106,7 @@ class Tracking:
         if isinstance(self.tracker, WandBTracker):
             run = self.tracker.run
             run.finish(exit_code=int(failed))
-            if run.settings._offline:
+            if is_offline(run):
                 print_main(f"wandb: offline; upload with `wandb sync {Path(run.dir).parent}`")
         elif self.tracker is not None:
             self.tracker.finish()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.runtime.internals import tokens_trained
 from pipeline.runtime.process import processes
 from pipeline.runtime.stage_run import StageRun
 
@@ -66,4 +67,4 @@ class CheckpointCallback(TrainerCallback):
                 written.rmdir()
 
         processes().wait_for_everyone()
-        self.run.checkpoint(state.global_step, take, {"tokens": self.trainer._total_train_tokens})  # type: ignore[attr-defined]
+        self.run.checkpoint(state.global_step, take, {"tokens": tokens_trained(self.trainer)})

@@ -20,6 +20,7 @@ from pipeline.core.losses import next_token_loss
 from pipeline.core.tensors import masked_sum
 from pipeline.data.tokenizer import hash_tokenizer, load_tokenizer
 from pipeline.models.sharding import Model, full_state_dict, is_sharded, load_full_state_dict, meta_copy
+from pipeline.runtime.internals import forward_override, log_tokens, set_tokens_trained, tokens_trained
 from pipeline.runtime.launch import keep_torch_optimizer, validate_launch
 from pipeline.runtime.precision import autocast
 from pipeline.runtime.process import processes
@@ -87,7 +88,7 @@ def run_training(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRu
     start = None
     if run.resumed:
         start = str(run.resumed.folder)
-        trainer._total_train_tokens = run.resumed.facts["state"]["tokens"]
+        set_tokens_trained(trainer, run.resumed.facts["state"]["tokens"])
         assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
         if hash_tokenizer(load_tokenizer(start)) != hash_tokenizer(trainer.processing_class):
             raise UserError(f"{start}: the tokenizer made now is another; move {run.checkpoints} away to start again")
@@ -101,7 +102,7 @@ def run_training(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRu
 @contextmanager
 def autocast_forward(model: nn.Module, precision: str) -> Iterator[None]:
     """Within it the model's forward runs in that precision and gives fp32, as Accelerate has it under DDP alone."""
-    own = vars(model).get("forward")  # a trainer may have put one on the instance
+    own = forward_override(model)  # a trainer may have put one on the instance
     model.forward = convert_outputs_to_fp32(autocast(precision)(model.forward))
     try:
         yield
@@ -134,8 +135,8 @@ class NextTokenTrainer(SFTTrainer):
         # DDP averages gradients over processes, so the sum of each is scaled by their number.
         loss = masked_sum(losses, mask) / num_items_in_batch * self.accelerator.num_processes
         tokens = self.accelerator.gather(inputs.get("attention_mask", torch.ones_like(ids)).sum()).sum()
-        self._total_train_tokens += tokens.item()
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        set_tokens_trained(self, tokens_trained(self) + tokens.item())
+        log_tokens(self)
         return (loss, outputs) if return_outputs else loss
 
 

@@ -352,7 +352,7 @@ def test_update_accumulates_the_gradient_of_the_whole_minibatch(actor_critic, ex
         torch.testing.assert_close(ours, theirs / norm, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("epochs", "num_mini_batches"), [(1, 1), (3, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 2), (2, 4), (1, 8)])
 def test_each_epoch_steps_once_per_minibatch_and_uses_each_sequence_once(
     epochs, minibatches, actor_critic, experience, accelerator
 ):

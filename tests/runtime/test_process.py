@@ -36,7 +36,7 @@ def test_a_full_disk_is_one_sentence_and_another_system_error_is_a_traceback():
 
 PAGE_FAULTS = """
 import resource, torch
-from pipeline.process import keep_freed_memory
+from pipeline.runtime.process import keep_freed_memory
 {call}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

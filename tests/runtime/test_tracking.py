@@ -196,8 +196,10 @@ def test_a_stage_that_goes_on_is_the_same_run_in_wandb(project):
     done = subprocess.run(
         [sys.executable, "-c", """
 from pathlib import Path
-from pipeline.config import Pretrain, parse
-from pipeline.run import StageRun
+from pipeline.config.parse import parse
+from pipeline.config.stages import Pretrain
+from pipeline.data.sources import hash_sources
+from pipeline.runtime.stage_run import StageRun
 config = parse(Pretrain, ["--config", "empty.yaml", "--recipe", "r"])
 for step in (1, 2):
     run = StageRun("pretrain", config, {}, hash_sources(["train.jsonl"]))

@@ -1,0 +1,70 @@
+"""A dial with its value: where it stands in a config, and how its value is read from text and written as text."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, get_type_hints
+
+
+@dataclasses.dataclass(frozen=True)
+class Dial:
+    """One dial of a config."""
+
+    name: str
+    value: Any
+    type: Any  # int, float, bool, str or float | None
+    group: str  # the heading in `--help all`
+    meta: Mapping[str, Any]  # help, choices, low, high, place: see `dials.dial`
+
+    def read(self, text: str) -> Any:
+        """The value that a text means. Raises ValueError, 'expected …, got …', where it means none of this dial's."""
+        if self.type == float | None and text == "none":
+            return None
+        kind = float if self.type == float | None else self.type
+        try:
+            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            expected = {int: "an integer", float: "a number", bool: "true or false"}[kind]
+            raise ValueError(f"expected {expected}, got '{text}'") from None
+        choices, low, high = self.meta["choices"], self.meta["low"], self.meta["high"]
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"expected a finite number, got '{text}'")
+        if choices and value not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}, got '{text}'")
+        if low is not None and value < low:
+            raise ValueError(f"expected at least {low}, got {text}")
+        if high is not None and value > high:
+            raise ValueError(f"expected at most {high}, got {text}")
+        return value
+
+    @property
+    def takes(self) -> str:
+        """What may stand after its name, in short."""
+        kinds = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+        return "|".join(self.meta["choices"]) or kinds.get(self.type, "X|none")
+
+
+def as_text(value: Any) -> str:
+    """A value as it is written on the command line and in YAML."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def dials(config: Any) -> Iterator[Dial]:
+    """The dials of a config and of the dataclasses in it, in their order."""
+    types, group = get_type_hints(type(config)), "dials"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from dials(value)
+        else:
+            group = field.metadata["group"] or group
+            yield Dial(field.name, value, types[field.name], group, field.metadata)
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """The config with other values of its dials."""
+    fields = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        fields[field.name] = with_values(value, values) if dataclasses.is_dataclass(value) else values[field.name]
+    return type(config)(**fields)

@@ -1,0 +1,83 @@
+"""Private attributes of libraries that this project reads or sets: each in one function here, and nowhere else.
+
+`tests/runtime/test_internals.py` holds each against the installed release, and names the one that has changed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accelerate.state import AcceleratorState
+
+# PEFT: which adapters a layer reads. Its public `set_adapter` and `disable_adapter` change `requires_grad` as well.
+
+
+def active_adapters(layer: Any) -> tuple[list[str], bool]:
+    """The names of the adapters that a PEFT layer reads, and whether it passes its base through instead."""
+    return layer._active_adapter, layer._disable_adapters
+
+
+def set_active_adapters(layer: Any, names: Sequence[str], disabled: bool = False) -> None:
+    """Has a PEFT layer read these adapters, or (`disabled`) pass its base through."""
+    layer._active_adapter, layer._disable_adapters = list(names), disabled
+
+
+# transformers
+
+
+def forget_adapter(model: Any) -> None:
+    """Undoes what loading an adapter has left on a transformers model whose adapter layers are gone.
+
+    `save_pretrained` would otherwise write an adapter alone, and convert the name of every weight.
+    """
+    model._hf_peft_config_loaded = False
+    del model.peft_config
+    vars(model).pop("_weight_conversions", None)
+
+
+def forget_quantization(model: Any) -> None:
+    """Has `save_pretrained` write the weights that it is given; a quantised model's own would choose others."""
+    vars(model).pop("hf_quantizer", None)
+    vars(model.config).pop("quantization_config", None)
+
+
+def layers_kept_whole(model: Any) -> Any:
+    """Class names of the layers that FSDP gathers one at a time."""
+    return model._no_split_modules
+
+
+def forward_override(module: Any) -> Callable[..., Any] | None:
+    """The `forward` that somebody has put on this very instance, if any."""
+    return vars(module).get("forward")
+
+
+def remove_forward_override(module: Any) -> None:
+    vars(module).pop("forward", None)
+
+
+# TRL's trainers
+
+
+def tokens_trained(trainer: Any) -> float:
+    """Tokens that an SFTTrainer or RewardTrainer has counted."""
+    return trainer._total_train_tokens
+
+
+def set_tokens_trained(trainer: Any, tokens: float) -> None:
+    trainer._total_train_tokens = tokens
+
+
+def log_tokens(trainer: Any) -> None:
+    """Has the count of tokens stand in the trainer's next log line."""
+    trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
+
+
+# Accelerate and wandb
+
+
+def reset_accelerator_state() -> None:
+    """Forgets the precision and plugins of an earlier stage in the same process; the process group stays."""
+    AcceleratorState._reset_state()
+
+
+def is_offline(wandb_run: Any) -> bool:
+    return wandb_run.settings._offline
