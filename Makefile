@@ -3,7 +3,7 @@ RECIPE ?= imdb
 RUNS   ?= runs
 # empty: the recipe's own seed
 SEED   ?=
-# more dials for a stage (ARGS="--lr 1e-5"), or options of pytest for `make test` (ARGS="-k losses")
+# more dials for a stage (ARGS="--learning_rate 1e-5"), or options of pytest for `make test` (ARGS="-k losses")
 ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -93,7 +92,8 @@ def ppo_with(reward: str, folder: Path, checkpointing: bool) -> None:
     from pipeline.models.actor_critic import ActorCritic, add_reward_model
     from pipeline.models.heads import ValueHead
     from pipeline.models.loading import load_policy
-    from pipeline.rl.experience import to_experience
+    from pipeline.rl import setup
+    from pipeline.rl.experience import make_experience, score_rollout
     from pipeline.rl.rollout import Rollout, generate
 
     config = PPO(
@@ -104,14 +104,14 @@ def ppo_with(reward: str, folder: Path, checkpointing: bool) -> None:
     tokenizer = load_tokenizer(folder / "sft")
     policy = load_policy(folder / "sft", Adapter(adapter="lora"))
     reward_model = add_reward_model(folder / reward, policy)
-    critic = ppo.add_critic("reward", policy, reward_model, tokenizer.pad_token_id)
+    critic = setup.add_critic("reward", policy, reward_model, tokenizer.pad_token_id)
     head = reward_model if isinstance(reward_model, ValueHead) else None
     actor_critic = ActorCritic(policy, critic, 1.0, tokenizer.pad_token_id, head).eval()
     if checkpointing:
         actor_critic.checkpoint_activations()
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
-    reference = ppo.make_reference(actor_critic, None, 1.0, tokenizer.pad_token_id)
-    score = ppo.make_score(actor_critic, reward_model, torch.device("cpu"))
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
+    reference = setup.reference_forward(actor_critic, None, 1.0, tokenizer.pad_token_id)
+    score = setup.reward_score(actor_critic, reward_model, torch.device("cpu"))
     rollout = generate(policy, tokenizer, ["a few words " * PROMPT] * ROWS, config.sampling)
     full = response_mask(torch.full((ROWS,), RESPONSE), RESPONSE)  # as if none had ended early: the most there can be
     ids = rollout.input_ids.masked_fill(rollout.input_ids == tokenizer.pad_token_id, 10)
@@ -119,8 +119,9 @@ def ppo_with(reward: str, folder: Path, checkpointing: bool) -> None:
         **vars(rollout) | {"input_ids": ids, "response_mask": full, "attention_mask": torch.ones_like(ids).bool()}
     )
     assert ids.shape == (ROWS, PROMPT + RESPONSE)
-    experience = to_experience(rollout, actor_critic, reference, score, config, identity)
-    ppo.update(actor_critic, optimizer, experience, replace(config), accelerator, True)
+    scored = score_rollout(rollout, actor_critic, reference, score, config.micro_batch)
+    experience = make_experience(rollout, scored, config, config.kl_coef, identity)
+    ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
 
 
 def measure(case: str, folder: Path, checkpointing: bool) -> None:

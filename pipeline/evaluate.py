@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.dials import Sampling
 from pipeline.config.stages import Evaluate
 from pipeline.data.formats import Text, display_text
+from pipeline.data.prompts import read_prompts
 from pipeline.data.sources import hash_sources
-from pipeline.data.tokenize import decode
 from pipeline.data.tokenizer import load_shared_tokenizer
 from pipeline.evaluation.judges import Classifier, Vader, fit_judge
 from pipeline.evaluation.report import show, write
@@ -33,15 +33,14 @@ from pipeline.models.forward import response_logprobs
 from pipeline.models.heads import load_reward_model
 from pipeline.models.loading import check_model, freeze, load_language_model
 from pipeline.rl.rewards import reward_model_scores
-from pipeline.rl.rollout import Rollout, generate, read_prompts
+from pipeline.rl.rollout import Rollout, respond_and_score
 from pipeline.runtime.console import silence_libraries
 from pipeline.runtime.launch import new_accelerator
-from pipeline.runtime.precision import autocast
 from pipeline.runtime.stage_run import StageRun
 
 
 @dataclass(frozen=True)
-class Responses:
+class PolicyResponses:
     """What one policy wrote for the prompts, and what was measured on each response; arrays are (prompts,)."""
 
     texts: list[str]
@@ -86,7 +85,7 @@ def train(config: Evaluate) -> Path:
             | {f"{name}_score": round(float(measured[name].score[i]), 3) for name in measured}
             for i, prompt in enumerate(asked)
         ]  # fmt: skip
-        stage.sample(rows)
+        stage.log_samples(rows)
         final = stage.finish(partial(write, report, rows[: config.show]), headline(report))
     show(report, final, paths["ppo"])
     return final
@@ -100,7 +99,7 @@ def measure(
     classifier: Classifier | None,
     config: Evaluate,
     stage: StageRun,
-) -> dict[str, Responses]:
+) -> dict[str, PolicyResponses]:
     """One response per prompt from each policy, from the same noise, with every measurement."""
     accelerator = new_accelerator(config.run.precision)
     models = {name: freeze(load_language_model(path)).to(accelerator.device) for name, path in paths.items()}
@@ -111,25 +110,22 @@ def measure(
     measured = {}
     for number, (name, model) in enumerate(models.items(), 1):
         torch.manual_seed(config.run.seed)
-        parts: dict[str, list[torch.Tensor]] = {}
-        texts: list[str] = []
-        for start in range(0, len(prompts), config.batch_size):
-            part = prompts[start : start + config.batch_size]
-            with autocast(config.run.precision), torch.no_grad():
-                rollout = generate(model, tokenizer, part, config.sampling)
-                numbers = token_measurements(rollout, model, models, reward_model, config.sampling, tokenizer)
-            texts += [decode(tokenizer, ids) for ids in rollout.responses.tolist()]
-            for key, value in numbers.items():
-                parts.setdefault(key, []).append(value)
-        arrays = {key: torch.cat(values).float().cpu().numpy() for key, values in parts.items()}
+        measure_tokens = partial(
+            token_measures, model=model, models=models, reward_model=reward_model, sampling=config.sampling,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        responses = respond_and_score(
+            model, tokenizer, prompts, config.sampling, measure_tokens, config.batch_size, config.run.precision
+        )
+        arrays = {key: values.numpy() for key, values in responses.measures.items()}
         if classifier is not None:
-            arrays |= {"vader": vader(texts), "classifier": classifier(texts)}
-        measured[name] = Responses(texts=texts, **arrays)
-        stage.progress(len(models), number, policy=name, score=f"{arrays['score'].mean():+.2f}")
+            arrays |= {"vader": vader(responses.texts), "classifier": classifier(responses.texts)}
+        measured[name] = PolicyResponses(texts=responses.texts, **arrays)
+        stage.show_progress(len(models), number, policy=name, score=f"{arrays['score'].mean():+.2f}")
     return measured
 
 
-def token_measurements(
+def token_measures(
     rollout: Rollout,
     model: PreTrainedModel,
     models: dict[str, PreTrainedModel],
@@ -143,7 +139,7 @@ def token_measurements(
 
     @cache  # a policy may be the SFT policy or the base itself
     def logprobs(of: PreTrainedModel, temperature: float) -> torch.Tensor:
-        ids = (rollout.input_ids, rollout.attention_mask, rollout.size)
+        ids = (rollout.input_ids, rollout.attention_mask, rollout.response_tokens)
         return response_logprobs(of, *ids, temperature, tokenizer.pad_token_id)[0]
 
     log_ratio = logprobs(model, sampling.temperature) - logprobs(models["sft"], sampling.temperature)
@@ -156,7 +152,9 @@ def token_measurements(
     }
 
 
-def compare(measured: dict[str, Responses], prompts: Sequence[str], classifier: Classifier | None) -> dict[str, Any]:
+def compare(
+    measured: dict[str, PolicyResponses], prompts: Sequence[str], classifier: Classifier | None
+) -> dict[str, Any]:
     """All figures of the page: each policy's, and PPO against SFT on the same prompts."""
     sft, ppo = measured["sft"], measured["ppo"]
     policies = {name: policy_report(responses, prompts) for name, responses in measured.items()}
@@ -180,7 +178,7 @@ def compare(measured: dict[str, Responses], prompts: Sequence[str], classifier: 
     }
 
 
-def policy_report(responses: Responses, prompts: Sequence[str]) -> dict[str, Any]:
+def policy_report(responses: PolicyResponses, prompts: Sequence[str]) -> dict[str, Any]:
     names = ("score", "vader", "classifier", "kl", "length")
     return {
         **{name: asdict(mean_ci(getattr(responses, name))) for name in names if getattr(responses, name) is not None},

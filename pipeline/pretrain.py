@@ -72,7 +72,7 @@ def train(config: Pretrain) -> Path:
             f"pretrain: validation loss {metrics['validation_loss']:.3f} nats/token, perplexity "
             f"{metrics['perplexity']:.1f}, {metrics['bits_per_byte']:.3f} bits per byte"
         )
-        stage.sample(samples(model, tokenizer, config.sample_tokens))
+        stage.log_samples(samples(model, tokenizer, config.sample_tokens))
         return stage.finish(partial(save_policy, model, tokenizer), metrics)
 
 

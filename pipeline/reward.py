@@ -17,6 +17,7 @@ from trl import RewardConfig, RewardTrainer
 
 from pipeline.config.stages import Reward
 from pipeline.data.formats import full_text, read_rows
+from pipeline.data.prompts import read_prompts
 from pipeline.data.sources import hash_sources
 from pipeline.data.tokenize import (
     IGNORE_INDEX,
@@ -43,7 +44,7 @@ from pipeline.models.loading import (
 )
 from pipeline.models.saving import save_with_base
 from pipeline.rl.rewards import reward_model_scores
-from pipeline.rl.rollout import generate, read_prompts
+from pipeline.rl.rollout import respond_and_score
 from pipeline.runtime.console import print_main, silence_libraries
 from pipeline.runtime.precision import autocast
 from pipeline.runtime.process import processes
@@ -197,12 +198,12 @@ def mean_score_of_samples(
     policy = freeze(load_language_model(sft)).to(processes().device)
     prompts = read_prompts(config.prompts_file, config.centre_prompts, tokenizer, config)
     torch.manual_seed(config.run.seed)
-    scores = []
-    for start in range(0, len(prompts), config.optim.micro_batch):
-        part = prompts[start : start + config.optim.micro_batch]
-        rollout = generate(policy, tokenizer, part, config.sampling)
-        scores.append(reward_model_scores(model, rollout.input_ids, rollout.attention_mask))
-    return torch.cat(scores).mean().item()
+    responses = respond_and_score(
+        policy, tokenizer, prompts, config.sampling,
+        lambda rollout: {"score": reward_model_scores(model, rollout.input_ids, rollout.attention_mask)},
+        batch_size=config.optim.micro_batch,
+    )  # fmt: skip
+    return responses.measures["score"].mean().item()
 
 
 def held_out_accuracy(

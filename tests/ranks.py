@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from experiences import to_experience
 from safetensors.torch import save_file
 
 from pipeline import ppo, pretrain, reward, sft
@@ -27,8 +28,7 @@ from pipeline.models.actor_critic import ActorCritic, add_reward_model
 from pipeline.models.heads import Critic, ValueHead, load_reward_model
 from pipeline.models.loading import Policy, load_language_model, unwrap_peft, wrap_with_adapter
 from pipeline.models.sharding import full_state_dict
-from pipeline.rl import monitor
-from pipeline.rl.experience import to_experience
+from pipeline.rl import monitor, setup
 from pipeline.rl.rollout import Rollout, generate
 from pipeline.runtime.console import silence_libraries
 from pipeline.runtime.launch import new_accelerator
@@ -98,20 +98,20 @@ class CutOff(RuntimeError):
 @contextmanager
 def cut_off(after: int) -> Iterator[None]:
     """Within it a stage ends as soon as its checkpoint of that step is written."""
-    save = StageRun.checkpoint
+    save = StageRun.save_checkpoint
 
     def then_stop(run: StageRun, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
         save(run, step, write, state)
         if step == after:
             raise CutOff
 
-    StageRun.checkpoint = then_stop  # type: ignore[method-assign]
+    StageRun.save_checkpoint = then_stop  # type: ignore[method-assign]
     try:
         yield
     except CutOff:
         pass
     finally:
-        StageRun.checkpoint = save  # type: ignore[method-assign]
+        StageRun.save_checkpoint = save  # type: ignore[method-assign]
 
 
 def changed(config: Any, **values: Any) -> Any:
@@ -151,16 +151,16 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     assert head is None or isinstance(head, ValueHead)
     critic = ValueHead(16) if full else Critic(judge)
     if head is not None:
-        critic = ppo.add_critic("reward", actor, head, tokenizer.pad_token_id)
+        critic = setup.add_critic("reward", actor, head, tokenizer.pad_token_id)
     actor_critic = ActorCritic(actor, critic, SAMPLING.temperature, tokenizer.pad_token_id, head).eval()
     start = {name: p.detach().clone() for name, p in actor_critic.named_parameters()}
     learns = {name for name, p in actor_critic.named_parameters() if p.requires_grad}
     if config.gradient_checkpointing:
         actor_critic.checkpoint_activations()
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
-    prepared, optimizer = ppo.prepare(accelerator, actor_critic, optimizer, config)
-    against = ppo.make_reference(prepared, reference, SAMPLING.temperature, tokenizer.pad_token_id)
-    score = ppo.make_score(prepared, judge if head is None else head, accelerator.device)
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
+    prepared, optimizer = setup.prepare(accelerator, actor_critic, optimizer, config)
+    against = setup.reference_forward(prepared, reference, SAMPLING.temperature, tokenizer.pad_token_id)
+    score = setup.reward_score(prepared, judge if head is None else head, accelerator.device)
     with autocast(config.run.precision):
         experience = to_experience(
             rollout, prepared, against, score, config, partial(accelerator.reduce, reduction="sum")
@@ -174,7 +174,7 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
         experience.advantages.copy_(right)
     torch.manual_seed(3)
     metrics, _ = ppo.update(prepared, optimizer, experience, config, accelerator, True)
-    metrics |= monitor.rollout_metrics(experience, accelerator, config)
+    metrics |= monitor.rollout_metrics(experience, accelerator, config, config.kl_coef)
     weights = full_state_dict(actor_critic)
     moved = {name for name, weight in weights.items() if name in start and not torch.equal(weight, start[name])}
     assert moved == learns, moved ^ learns

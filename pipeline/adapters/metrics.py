@@ -44,7 +44,8 @@ from pipeline.models.forward import response_logprobs
 from pipeline.models.heads import load_reward_model
 from pipeline.models.loading import Policy, freeze
 from pipeline.rl.rewards import reward_model_scores
-from pipeline.rl.rollout import filter_prompts, generate
+from pipeline.data.prompts import filter_prompts
+from pipeline.rl.rollout import generate
 from pipeline.runtime.console import print_main
 from pipeline.runtime.launch import new_accelerator
 
@@ -160,7 +161,7 @@ def sampled(weights: Weights, prompts: Sequence[Text], bench: EvalContext) -> di
         texts += [decode(tokenizer, ids) for ids in rollout.responses.tolist()]
         if bench.reward_model is not None:
             scores.append(reward_model_scores(bench.reward_model, rollout.input_ids, rollout.attention_mask))
-        ids = (rollout.input_ids, rollout.attention_mask, rollout.size, config.sampling.temperature)
+        ids = (rollout.input_ids, rollout.attention_mask, rollout.response_tokens, config.sampling.temperature)
         own = response_logprobs(model, *ids, tokenizer.pad_token_id)[0]
         bench.mixture.set(bench.reference)
         log_ratio = own - response_logprobs(model, *ids, tokenizer.pad_token_id)[0]

@@ -28,9 +28,9 @@ def dial(
 ) -> Any:
     """A dataclass field with its help text, closed set of values or inclusive range.
 
-    `group` is the heading in `--help all` of this dial and of those after it in its dataclass; a
-    `usual` one stands in `--help` too.
-    `place` marks a dial that says where something lies, not what it is: a stage is told apart by its inputs' content.
+    `group` is the heading of this dial, and of those after it in its dataclass, in `--help all`; a `usual` dial stands
+    in `--help` too. `place` marks one that says where something lies, not what it is: a stage is told apart by its
+    inputs' content.
     """
     return dataclasses.field(
         default=default,

@@ -15,9 +15,9 @@ class _Layout(argparse.HelpFormatter):
 
 def asked_help(argv: Sequence[str]) -> str:
     """The page of help that a command line asks for, wherever it does: `usual`, `all`, or empty for none."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for at, word in enumerate(argv):
         if word in ("-h", "--help", "--help=all"):
-            return "all" if "all" in (following, word.removeprefix("--help=")) else "usual"
+            return "all" if word == "--help=all" or list(argv[at + 1 : at + 2]) == ["all"] else "usual"
     return ""
 
 

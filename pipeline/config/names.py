@@ -1,4 +1,4 @@
-"""What is said of a name that is no dial: what it is called now, or, if it is TRL's or transformers', here.
+"""What is said of a name that is no dial: what it is called now, or, if it is another library's, here.
 
 An entry `stage.name` goes before `name`. An answer is one dial, or a sentence that names dials in quotes; it is given
 only in a stage that has such a dial.
@@ -30,26 +30,31 @@ RENAMED = {
     "warmup": "warmup_steps",
 }
 
-ELSEWHERE = {
+ELSEWHERE = {  # names of TRL, transformers and LLaMA-Factory: docs/from-trl.md
     "adap_kl_ctrl": "say 'adaptive_kl', the nats per response to steer to; none: kl_coef is fixed",
     "ppo.batch_size": "rollout_batch",
     "beta": "kl_coef",
     "bf16": "say 'precision' auto, fp32, bf16 or fp16",
     "pretrain.block_size": "context",
     "center_rewards_coefficient": "the score is centred after training, on samples for 'centre_prompts'",
+    "cutoff_len": "max_length",
+    "ppo.cutoff_len": "max_prompt_tokens",
+    "pretrain.cutoff_len": "context",
     "dataset_name": "train_file",
     "dataset_streaming": "stream",
     "do_sample": "responses are always sampled; 'temperature' is all there is to set",
     "dtype": "precision",
     "epsilon": "cliprange",
     "eval_steps": "only PPO evaluates on the way; here 'validation_file' is measured at the end",
+    "finetuning_type": "say 'adapter' none, lora or ia3",
     "fp16": "say 'precision' auto, fp32, bf16 or fp16",
     "gradient_accumulation_steps": "say 'batch_size', the rows per optimiser step over all processes",
     "ppo.gradient_accumulation_steps": "say 'rollout_batch' and 'num_mini_batches': it follows from them",
     "horizon": "adaptive_kl_horizon",
     "init_kl_coef": "kl_coef",
-    "label_smoothing_factor": "say 'label_smoothing', spread over the K-1 wrong classes, not over all K",
+    "label_smoothing_factor": "say 'label_smoothing', (K-1)/K of it: spread over the K-1 wrong classes, not over all K",
     "local_rollout_forward_batch_size": "micro_batch",
+    "lora_target": "target_modules",
     "lora_target_modules": "target_modules",
     "lr": "learning_rate",
     "max_completion_length": "max_new_tokens",
@@ -71,7 +76,10 @@ ELSEWHERE = {
     "output_dir": "say 'runs' and 'recipe': a stage writes into <runs>/<recipe>/<stage>",
     "per_device_eval_batch_size": "micro_batch",
     "per_device_train_batch_size": "micro_batch",
+    "ppo_buffer_size": "num_mini_batches",
     "ppo_epochs": "num_ppo_epochs",
+    "ppo_target": "adaptive_kl",
+    "quantization_bit": "load_in_4bit",
     "response_length": "max_new_tokens",
     "resume_from_checkpoint": "a stage that was cut off goes on by itself; see 'save_steps'",
     "reward_model_path": "reward",

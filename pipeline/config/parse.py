@@ -60,10 +60,10 @@ def _parse(defaults: Any, program: str, about: str, default_file: str, argv: lis
     known = {dial.name: dial for dial in dials(defaults)}
     try:
         given = _words(argv, known, stage)
-        file = given.pop("config", default_file)
+        file = given.pop("config", "") or default_file
         values = flat(defaults) | (_read_file(Path(file), known, stage) if file else {})
         for name, text in given.items():
-            values[name] = _read(known[name], text, f"argument --{name}")
+            values[name] = known[name].read(text, f"argument --{name}")
         config = with_values(defaults, values)
         if hasattr(config, "check"):
             config.check()
@@ -100,7 +100,7 @@ def _read_file(file: Path, known: Mapping[str, Dial], stage: str) -> dict[str, A
         dial, text = known[key], as_text(value)
         if dial.takes == "TEXT" and not isinstance(value, str):
             raise ConfigError(f"{file}: {key}: expected text, got {text}; put it in quotes")
-        values[key] = _read(dial, text, f"{file}: {key}")
+        values[key] = dial.read(text, f"{file}: {key}")
     return values
 
 
@@ -124,10 +124,3 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
             raise ConfigError(f"{file}: {key.value}: expected once, got in line {lines[key.value]} and in line {line}")
         lines[key.value] = line
     return rows
-
-
-def _read(dial: Dial, text: str, where: str) -> Any:
-    try:
-        return dial.read(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None

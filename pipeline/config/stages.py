@@ -52,7 +52,11 @@ class SFT:
     optim: Optim = Optim(learning_rate=1e-3)
     adapter: Adapter = Adapter()
     base: str = dial(
-        "", "model to start from; empty: this recipe's pretrain/final", place=True, group="models", usual=True
+        "",
+        "model to start from (TRL's model_name_or_path); empty: this recipe's pretrain/final",
+        place=True,
+        group="models",
+        usual=True,
     )
     train_file: str = dial(
         "data/imdb/sft/train.jsonl",
@@ -90,7 +94,11 @@ class Reward:
         5e-3, "peak learning rate of the score head, which alone starts from noise", low=0, group="optimiser"
     )
     base: str = dial(
-        "", "model to start from; empty: this recipe's pretrain/final", place=True, group="models", usual=True
+        "",
+        "model to start from (TRL's model_name_or_path); empty: this recipe's pretrain/final",
+        place=True,
+        group="models",
+        usual=True,
     )
     sft: str = dial("", "policy whose samples are given mean score 0; empty: this recipe's sft/final", place=True)
     train_file: str = dial(
@@ -130,7 +138,9 @@ class PPO:
         group="models",
         usual=True,
     )
-    reward: str = dial("", "reward model; empty: this recipe's reward/final", place=True, usual=True)
+    reward: str = dial(
+        "", "reward model (TRL's reward_model_path); empty: this recipe's reward/final", place=True, usual=True
+    )
     train_file: str = dial(
         "data/imdb/ppo/train.jsonl", "`prompt`, `messages`, or pairs: " + SOURCES, place=True, group="data", usual=True
     )

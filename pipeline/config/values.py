@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
+from pipeline.config.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Dial:
@@ -16,25 +18,27 @@ class Dial:
     group: str  # the heading in `--help all`
     meta: Mapping[str, Any]  # help, choices, low, high, place: see `dials.dial`
 
-    def read(self, text: str) -> Any:
-        """The value that a text means. Raises ValueError, 'expected …, got …', where it means none of this dial's."""
+    def read(self, text: str, where: str) -> Any:
+        """The value that a text means. Raises ConfigError, '<where>: expected …, got …', if it means none."""
         if self.type == float | None and text == "none":
             return None
         kind = float if self.type == float | None else self.type
+        choices, low, high = self.meta["choices"], self.meta["low"], self.meta["high"]
+        value: Any = None
         try:
             value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             expected = {int: "an integer", float: "a number", bool: "true or false"}[kind]
-            raise ValueError(f"expected {expected}, got '{text}'") from None
-        choices, low, high = self.meta["choices"], self.meta["low"], self.meta["high"]
-        if kind is float and not math.isfinite(value):
-            raise ValueError(f"expected a finite number, got '{text}'")
-        if choices and value not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}, got '{text}'")
-        if low is not None and value < low:
-            raise ValueError(f"expected at least {low}, got {text}")
-        if high is not None and value > high:
-            raise ValueError(f"expected at most {high}, got {text}")
+        else:
+            expected = (
+                "a finite number" if kind is float and not math.isfinite(value)
+                else f"one of {', '.join(choices)}" if choices and value not in choices
+                else f"at least {low}" if low is not None and value < low
+                else f"at most {high}" if high is not None and value > high
+                else ""
+            )  # fmt: skip
+        if expected:
+            raise ConfigError(f"{where}: expected {expected}, got '{text}'")
         return value
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from pipeline.config.errors import UserError
 from pipeline.data.formats import read_rows
 from pipeline.evaluation.statistics import Array, Estimate, _numbers, _paired, pair_accuracy, share_ci
 from pipeline.evaluation.text import WORD, _texts, _word_counts
+
+Judge = Callable[[Sequence[str]], Array]
+"""One number for each text."""
 
 LABELS = {"negative": 0, "positive": 1}
 

@@ -7,9 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from pipeline.data.tokenizer import ModelError
 from pipeline.models.forward import head_weight, last_hidden_states, response_logprobs
@@ -27,7 +25,7 @@ from pipeline.models.multi_adapter import (
     detach_adapter,
     hash_trunk,
     recompute_contexts,
-    role,
+    use_adapter,
 )
 from pipeline.runtime.internals import layers_kept_whole
 
@@ -88,8 +86,8 @@ class ActorCritic(nn.Module):
         """In train mode the layers then keep their input alone; dropout is 0, so both modes compute the same."""
         self.recomputes_layers = True
         for model in (unwrap_peft(self.policy), *([self.critic.model] if isinstance(self.critic, Critic) else [])):
-            in_role = partial(recompute_contexts, adapter_layers(model))
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": in_role})
+            contexts = partial(recompute_contexts, adapter_layers(model))
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
     def tie_weights(self) -> None:
         """Makes tied weights one again, after FSDP has loaded them one by one."""
@@ -99,33 +97,33 @@ class ActorCritic(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        size: int = 0,
-        trains_policy: bool = True,
-        as_role: str = POLICY,
+        response_tokens: int = 0,
+        update_policy: bool = True,
+        as_adapter: str = POLICY,
     ) -> tuple[Tensor, ...]:
-        """Log-probabilities, entropies and values, each (B, T), of the last T = size tokens of (B, S) rows.
+        """Log-probabilities, entropies and values, each (B, T), of the last T = response_tokens tokens of (B, S) rows.
 
-        values[:, t] is read before token t is emitted, as the log-probability of token t is. Without `trains_policy`
-        the values have no gradient in the policy's trunk. `as_role`: of the reference, without values; or the reward
+        values[:, t] is read before token t is emitted, as the log-probability of token t is. Without `update_policy`
+        the values have no gradient in the policy's trunk. `as_adapter`: of the reference, without values; or the reward
         role's scores (B, S) of what ends at each token, alone.
         """
-        rows = (input_ids, attention_mask, size, self.temperature, self.pad_id)
-        if as_role == REWARD:
+        rows = (input_ids, attention_mask, response_tokens, self.temperature, self.pad_id)
+        if as_adapter == REWARD:
             assert self.reward is not None
             return (self.adapter_outputs(self.reward, input_ids, attention_mask),)
-        if as_role == REFERENCE:
+        if as_adapter == REFERENCE:
             assert isinstance(self.policy, PeftModel)
-            with role(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None):
+            with use_adapter(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None):
                 return response_logprobs(self.policy, *rows)
-        if isinstance(self.critic, ValueHead) and self.critic.role == POLICY:
+        if isinstance(self.critic, ValueHead) and self.critic.adapter == POLICY:
             logprobs, entropies, hidden = response_logprobs(self.policy, *rows, with_hidden=True)
-            return logprobs, entropies, self.critic(hidden if trains_policy else hidden.detach())
+            return logprobs, entropies, self.critic(hidden if update_policy else hidden.detach())
         if isinstance(self.critic, Critic):
             values = self.critic(input_ids, attention_mask)
         else:
             values = self.adapter_outputs(self.critic, input_ids, attention_mask)
         logprobs, entropies = response_logprobs(self.policy, *rows)
-        return logprobs, entropies, values[:, -size - 1 : -1]
+        return logprobs, entropies, values[:, -response_tokens - 1 : -1]
 
     def adapter_outputs(self, head: ValueHead, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """A head on the states of its role, (B, S) fp32.
@@ -135,7 +133,7 @@ class ActorCritic(nn.Module):
         """
 
         def states() -> Tensor:
-            with role(self.policy, head.role):
+            with use_adapter(self.policy, head.adapter):
                 return last_hidden_states(unwrap_peft(self.policy), input_ids, attention_mask)
 
         if not torch.is_grad_enabled() or (self.recomputes_layers and self.training):

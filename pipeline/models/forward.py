@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from pipeline.core.tensors import logits_without, logprobs_and_entropy, position_ids
 from pipeline.models.loading import Policy, unwrap_peft
@@ -44,36 +42,37 @@ def response_logprobs(
     model: Policy,
     input_ids: Tensor,
     attention_mask: Tensor,
-    size: int,
+    response_tokens: int,
     temperature: float,
     pad_id: int,
     with_hidden: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Log-probabilities and entropies (B, T), in nats, of the last T = size tokens at the sampling temperature.
+    """Log-probabilities and entropies (B, T), in nats, of the last T = response_tokens tokens at the sampling
+    temperature.
 
     input_ids (B, S), attention_mask (B, S) boolean. The padding token is left out of the distribution, as in sampling.
     `with_hidden` gives a third: the trunk's last states (B, T, d), each the one from which its token is predicted.
     """
     states: list[Tensor] = []
     trunk = unwrap_peft(model).base_model
-    hook = trunk.register_forward_hook(lambda *given: states.append(given[2].last_hidden_state))
+    hook = trunk.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
     output = model(
         input_ids=input_ids.masked_fill(~attention_mask, 0),
         attention_mask=attention_mask.long(),
         position_ids=position_ids(attention_mask),
         use_cache=False,
-        logits_to_keep=size + 1,
+        logits_to_keep=response_tokens + 1,
     )
     hook.remove()
-    logits, tokens = output.logits[:, :-1], input_ids[:, -size:]
+    logits, tokens = output.logits[:, :-1], input_ids[:, -response_tokens:]
     rows = max(1, MOST_LOGITS // logits[0].numel())
     if rows >= len(logits):
-        found = token_logprobs(logits, tokens, temperature, pad_id)
+        columns = token_logprobs(logits, tokens, temperature, pad_id)
     else:
         parts = zip(logits.split(rows), tokens.split(rows), strict=True)
         made = [checkpoint(token_logprobs, *part, temperature, pad_id, use_reentrant=False) for part in parts]
-        found = tuple(torch.cat(column) for column in zip(*made, strict=True))
-    return (*found, states[0][:, -size - 1 : -1]) if with_hidden else found
+        columns = tuple(torch.cat(column) for column in zip(*made, strict=True))
+    return (*columns, states[0][:, -response_tokens - 1 : -1]) if with_hidden else columns
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, pad_id: int) -> tuple[Tensor, ...]:

@@ -115,16 +115,16 @@ class Critic(nn.Module):
 
 
 class ValueHead(nn.Linear):
-    """A linear function of the last hidden states of one role on the policy's base.
+    """A linear function of the last hidden states of one adapter on the policy's base.
 
     State values of the policy's own states, zero at first (Ziegler et al., arXiv 1909.08593): one trunk, one forward,
     and the value loss trains the policy's trunk too. Or those of the critic's adapter, or the score of the reward's:
     then weight and bias are a classifier's head and its shift, negated.
     """
 
-    def __init__(self, width: int, role: str = POLICY) -> None:
+    def __init__(self, width: int, adapter: str = POLICY) -> None:
         super().__init__(width, 1)
-        self.role = role
+        self.adapter = adapter
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -135,19 +135,19 @@ class ValueHead(nn.Linear):
 
     @torch.no_grad()
     def save(self, folder: Path, policy: Policy, pad_id: int) -> None:
-        """Writes the classifier that gives these values: the policy's trunk, its adapter merged, or the critic's role
-        on the base, in the form of a reward model that is an adapter."""
-        own = full_precision_base(unwrap_peft(policy))
-        if self.role == POLICY:
-            own = merge_adapter(copy.deepcopy(own))
-        classifier: Policy = new_classifier(own, pad_id)
+        """Writes the classifier that gives these values: the policy's trunk, its adapter merged, or the critic's
+        adapter on the base, in the form of a reward model that is an adapter."""
+        base = full_precision_base(unwrap_peft(policy))
+        if self.adapter == POLICY:
+            base = merge_adapter(copy.deepcopy(base))
+        classifier: Policy = new_classifier(base, pad_id)
         head_weight(unwrap_peft(classifier)).copy_(self.weight)
         classifier.config.score_shift = -self.bias.item()
-        if self.role != POLICY:
+        if self.adapter != POLICY:
             assert isinstance(policy, PeftModel)
-            config = copy.deepcopy(policy.peft_config[self.role])
+            config = copy.deepcopy(policy.peft_config[self.adapter])
             config.task_type = TaskType.SEQ_CLS
-            weights = get_peft_model_state_dict(policy, adapter_name=self.role)
+            weights = get_peft_model_state_dict(policy, adapter_name=self.adapter)
             classifier = get_peft_model(unwrap_peft(classifier), config)
             load_adapter_weights(classifier, POLICY, weights | {f"{PREFIX}score.weight": self.weight})
         save_with_base(classifier, folder)

@@ -49,7 +49,7 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
 
 
 @contextmanager
-def use_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
+def read_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
     """Within it the layers read the named adapter, or (None) pass their base through, bit for bit."""
     before = [active_adapters(layer) for layer in layers]
     for layer in layers:
@@ -61,18 +61,18 @@ def use_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[
             set_active_adapters(layer, names, is_base)
 
 
-def role(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
+def use_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
     """Within it the model is its base under the named adapter, or (None) its base alone."""
-    return use_adapter(adapter_layers(model), name)
+    return read_adapter(adapter_layers(model), name)
 
 
 def recompute_contexts(layers: Sequence[BaseTunerLayer]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` of torch's checkpoint: nothing around the forward, its role around the recomputation of it.
+    """`context_fn` of torch's checkpoint: nothing around the forward, its adapter around the recomputation of it.
 
     That takes place in the backward pass, when the layers read the policy's adapter again.
     """
     is_base = not layers or layers[0].disable_adapters  # they all read the same
-    return nullcontext(), use_adapter(layers, None if is_base else layers[0].active_adapters[0])
+    return nullcontext(), read_adapter(layers, None if is_base else layers[0].active_adapters[0])
 
 
 # onto a base and off it

@@ -1,9 +1,9 @@
 """From a rollout to what PPO learns from: scores, KL, token rewards, advantages.
 
-    Rollout -> score, policy, reference, critic -> token rewards -> GAE -> whiten -> Experience
+    Rollout -> score_rollout (score, policy, reference, critic) -> token rewards -> GAE -> whiten -> Experience
 
-Everything in an Experience is computed once per rollout, without gradient, and is never refreshed between epochs. The
-log-probabilities that PPO calls old come from the same forward that training uses, so the first ratio is 1.
+All of it is computed once per rollout, without gradient, and is never refreshed between epochs. The log-probabilities
+that PPO calls old come from the same forward that training uses, so the first ratio is 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +27,16 @@ Forward = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
+class ScoredRollout:
+    """What the four models say of a rollout; masked slots may hold anything."""
+
+    old_logprobs: Tensor  # (B, T) nats, by the forward that trains
+    old_values: Tensor  # (B, T) reward units
+    kl: Tensor  # (B, T) nats, k1 estimate against the reference, zero where masked
+    scores: Tensor  # (B,) as the reward says
+
+
+@dataclass(frozen=True)
 class Experience:
     """One rollout with all that the losses need; every tensor is detached."""
 
@@ -47,7 +57,8 @@ class Experience:
         return len(self.scores)
 
     @property
-    def size(self) -> int:
+    def response_tokens(self) -> int:
+        """T: slots of a response, padding included."""
         return self.response_mask.shape[1]
 
     def __getitem__(self, rows: Tensor) -> "Experience":
@@ -56,9 +67,9 @@ class Experience:
     def micro_batches(self, rows: Tensor, size: int) -> list["Experience"]:
         """The given rows in parts of at most `size` rows of like lengths, without columns of nothing but padding."""
         lengths = self.attention_mask[rows].sum(1).tolist()
-        return [self[rows[part]]._trimmed() for part in length_batches(lengths, size)]
+        return [self[rows[part]]._trim() for part in length_batches(lengths, size)]
 
-    def _trimmed(self) -> "Experience":
+    def _trim(self) -> "Experience":
         columns = self.attention_mask.any(0)  # one run: prompts are padded on the left, responses on the right
         per_token = self.response_mask.any(0)
         masks = {len(columns): columns, len(per_token): per_token}
@@ -66,13 +77,36 @@ class Experience:
         return Experience(**{name: x[:, masks[x.shape[1]]] if x.ndim == 2 else x for name, x in tensors.items()})
 
 
-def validate_scores(parts: Sequence[Tensor], mask: Tensor) -> Tensor:
+@torch.no_grad()
+def score_rollout(
+    rollout: Rollout, actor_critic: Forward, reference: Forward, score: ScoreFunction, micro_batch: int
+) -> ScoredRollout:
+    """Old log-probabilities, values, KL and scores of a rollout.
+
+    `actor_critic` gives (logprobs, entropies, values), `reference` gives (logprobs, entropies); both are called on
+    micro-batches of the size that training uses.
+    """
+    logprobs, values, ref_logprobs, scores = [], [], [], []
+    for ids, mask in zip(rollout.input_ids.split(micro_batch), rollout.attention_mask.split(micro_batch), strict=True):
+        logp, _, value = actor_critic(ids, mask, rollout.response_tokens)
+        logprobs.append(logp)
+        values.append(value)
+        ref_logprobs.append(reference(ids, mask, rollout.response_tokens)[0])
+        scores.append(score(ids, mask))
+    old_logprobs = torch.cat(logprobs)
+    return ScoredRollout(
+        old_logprobs=old_logprobs,
+        old_values=torch.cat(values),
+        kl=kl_k1(old_logprobs, torch.cat(ref_logprobs)).masked_fill(~rollout.response_mask, 0),
+        scores=validate_scores(scores, len(rollout.response_mask)),
+    )
+
+
+def validate_scores(parts: Sequence[Tensor], count: int) -> Tensor:
     """The micro-batches' scores (B,) as one; UserError for another shape, or a score that is no finite number."""
     shapes = [tuple(part.shape) for part in parts]
-    if any(len(shape) != 1 for shape in shapes) or sum(shape[0] for shape in shapes) != len(mask):
-        raise UserError(
-            f"the score function gave shapes {shapes} for {len(mask)} responses; expected one number for each"
-        )
+    if any(len(shape) != 1 for shape in shapes) or sum(shape[0] for shape in shapes) != count:
+        raise UserError(f"the score function gave shapes {shapes} for {count} responses; expected one number for each")
     scores = torch.cat(list(parts)).float()
     if not scores.isfinite().all():
         row = int((~scores.isfinite()).nonzero()[0])
@@ -81,40 +115,27 @@ def validate_scores(parts: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def to_experience(
-    rollout: Rollout, actor_critic: Forward, reference: Forward, score: ScoreFunction, config: PPO, reduce: Reduce
-) -> Experience:
-    """The rollout with old log-probabilities, values, KL, rewards, returns and globally whitened advantages.
+def make_experience(rollout: Rollout, scored: ScoredRollout, config: PPO, kl_coef: float, reduce: Reduce) -> Experience:
+    """The rollout with token rewards, returns and globally whitened advantages; `reduce` sums over processes.
 
-    `actor_critic` gives (logprobs, entropies, values), `reference` gives (logprobs, entropies); both are called on
-    micro-batches of the size that training uses. `reduce` sums a tensor over processes.
+    `kl_coef` is what a nat of KL costs now: the dial's value, or where `adaptive_kl` has steered it.
     """
-    logprobs, values, ref_logprobs, scores = [], [], [], []
-    for ids, mask in zip(
-        rollout.input_ids.split(config.micro_batch), rollout.attention_mask.split(config.micro_batch), strict=True
-    ):
-        logp, _, value = actor_critic(ids, mask, rollout.size)
-        logprobs.append(logp)
-        values.append(value)
-        ref_logprobs.append(reference(ids, mask, rollout.size)[0])
-        scores.append(score(ids, mask))
     mask = rollout.response_mask
-    old_logprobs, old_values, all_scores = torch.cat(logprobs), torch.cat(values), validate_scores(scores, mask)
-    kl = kl_k1(old_logprobs, torch.cat(ref_logprobs)).masked_fill(~mask, 0)
-    used = replace_missing_eos(clip_scores(all_scores, config.score_clip), rollout.has_eos, config.missing_eos_score)
-    rewards = token_rewards(used, kl, mask, config.kl_coef)
-    advantages = gae(rewards, old_values, mask, config.gamma, config.lam)
+    scores = clip_scores(scored.scores, config.score_clip)
+    scores = replace_missing_eos(scores, rollout.has_eos, config.missing_eos_score)
+    rewards = token_rewards(scores, scored.kl, mask, kl_coef)
+    advantages = gae(rewards, scored.old_values, mask, config.gamma, config.lam)
     return Experience(
         input_ids=rollout.input_ids,
         attention_mask=rollout.attention_mask,
         response_mask=mask,
         has_eos=rollout.has_eos,
         sampled_logprobs=rollout.sampled_logprobs,
-        old_logprobs=old_logprobs,
-        old_values=old_values,
-        kl=kl,
-        scores=all_scores,
+        old_logprobs=scored.old_logprobs,
+        old_values=scored.old_values,
+        kl=scored.kl,
+        scores=scored.scores,
         rewards=rewards,
-        returns=(advantages + old_values).masked_fill(~mask, 0),
+        returns=(advantages + scored.old_values).masked_fill(~mask, 0),
         advantages=whiten(advantages, mask, reduce),
     )

@@ -4,7 +4,8 @@ Nothing here changes a weight. Names and units of all figures are in the README'
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,27 +14,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.errors import UserError
 from pipeline.config.stages import PPO
 from pipeline.core.advantages import explained_variance, kl_k3
 from pipeline.core.tensors import Reduce, masked_moments, masked_sum
-from pipeline.data.formats import Text, display_text
+from pipeline.data.formats import display_text
 from pipeline.data.tokenize import decode
+from pipeline.evaluation.judges import Judge
 from pipeline.evaluation.text import duplicate_share, word_repetition
-from pipeline.rl.experience import Experience
-from pipeline.rl.rollout import Rollout
+from pipeline.rl.experience import Experience, make_experience, score_rollout
+from pipeline.rl.setup import EVALUATED, Setup
 from pipeline.runtime.precision import autocast
-
-EVALUATED = (
-    "score", "kl", "reward", "length", "eos_share", "entropy", "win_rate", "repetition", "duplicates",
-)  # fmt: skip
-
-Judge = Callable[[Sequence[str]], NDArray[np.float64]]
-"""One number for each text."""
 
 
 def check_first_rollout(step: int, experience: Experience, accelerator: Accelerator) -> None:
@@ -48,8 +41,8 @@ def check_first_rollout(step: int, experience: Experience, accelerator: Accelera
 
 
 @torch.no_grad()
-def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PPO) -> dict[str, float]:
-    """What one rollout looked like, over all processes; names and units are in the README's glossary."""
+def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PPO, kl_coef: float) -> dict[str, float]:
+    """What one rollout looked like, over all processes, at the KL coefficient that its rewards were made with."""
     mask, reduce = experience.response_mask, partial(accelerator.reduce, reduction="sum")
     tokens, sequences = reduce(mask.sum()), reduce(torch.tensor(len(experience), device=mask.device))
     score_mean = reduce(experience.scores.sum()) / sequences
@@ -74,7 +67,37 @@ def rollout_metrics(experience: Experience, accelerator: Accelerator, config: PP
         "return": reduce(masked_sum(experience.returns, mask)) / tokens,
         "explained_variance": explained_variance(experience.old_values, experience.returns, mask, reduce),
     }
-    return {name: float(value) for name, value in metrics.items()} | {"kl_coef": config.kl_coef}
+    return {name: float(value) for name, value in metrics.items()} | {"kl_coef": kl_coef}
+
+
+def log_rollout(
+    setup: Setup,
+    step: int,
+    experience: Experience,
+    update_metrics: Mapping[str, float],
+    kl_coef: float,
+    started: float,
+    sampled: float,
+) -> dict[str, float]:
+    """Logs one rollout and its update, shows the numbers that matter, and returns all of it.
+
+    `started` and `sampled` are the monotonic times at which the rollout began and its responses were there.
+    """
+    config, seconds = setup.config, time.monotonic() - started
+    metrics = {**update_metrics, **rollout_metrics(experience, setup.accelerator, config, kl_coef)}
+    metrics |= {
+        "learning_rate": setup.optimizer.param_groups[0]["lr"],
+        "sampling_seconds": sampled - started,
+        "seconds": seconds,
+        "tokens_per_second": metrics["length"] * config.rollout_batch / seconds,
+    }
+    setup.stage.log(step, metrics)
+    setup.stage.show_progress(
+        config.rollouts, step + 1,
+        score=f"{metrics['score']:+.2f}", kl=f"{metrics['kl']:.2f}", length=f"{metrics['length']:.0f}",
+        **{"tokens/s": f"{metrics['tokens_per_second']:,.0f}"},
+    )  # fmt: skip
+    return metrics
 
 
 def correlation(a: Tensor, b: Tensor, reduce: Reduce) -> Tensor:
@@ -99,28 +122,23 @@ class Evaluation:
         return self.metrics["eval_reward"]
 
 
-def evaluate_policy(
-    prompts: list[Text],
-    sample: Callable[[list[Text]], Rollout],
-    tokenizer: PreTrainedTokenizerBase,
-    experience_of: Callable[..., Experience],
-    accelerator: Accelerator,
-    judges: Mapping[str, Judge],
-    config: PPO,
-    history: Sequence[Evaluation],
-) -> Evaluation:
+def evaluate_policy(setup: Setup, step: int, history: Sequence[Evaluation]) -> Evaluation:
     """Metrics and samples on fixed held-out prompts with fixed noise; the training's random state is left untouched.
 
-    The first evaluation is of the SFT policy itself, so its scores are what `eval_win_rate` compares with.
+    The first evaluation is of the SFT policy itself, so its scores are what `eval_win_rate` compares with. Its reward
+    charges the configured `kl_coef`, wherever `adaptive_kl` has steered training's: all evaluations of a run compare.
     """
-    share = prompts[accelerator.process_index :: accelerator.num_processes]
+    config, accelerator = setup.config, setup.accelerator
+    prompts = setup.held_out[accelerator.process_index :: accelerator.num_processes]
     with torch.random.fork_rng(), autocast(config.run.precision):
         torch.manual_seed(accelerator.process_index)
-        experience = experience_of(sample(share), config=config)
-    metrics = rollout_metrics(experience, accelerator, config)
-    texts = [decode(tokenizer, ids) for ids in experience.input_ids[:, -experience.size :].tolist()]
-    sft = history[0].scores if history else experience.scores
-    wins = (experience.scores > sft).float() + 0.5 * (experience.scores == sft).float()
+        rollout = setup.sample(prompts)
+        scored = score_rollout(rollout, setup.prepared, setup.reference, setup.score, config.micro_batch)
+        experience = make_experience(rollout, scored, config, config.kl_coef, setup.reduce)
+    metrics = rollout_metrics(experience, accelerator, config, config.kl_coef)
+    texts = [decode(setup.tokenizer, ids) for ids in rollout.responses.tolist()]
+    sft_scores = history[0].scores if history else experience.scores
+    wins = (experience.scores > sft_scores).float() + 0.5 * (experience.scores == sft_scores).float()
     tokens = accelerator.reduce(experience.response_mask.sum(), "sum")
     surprise = accelerator.reduce(-masked_sum(experience.old_logprobs, experience.response_mask), "sum")
     all_texts = gather_object(texts)
@@ -130,12 +148,12 @@ def evaluate_policy(
         "repetition": sum(map(word_repetition, all_texts)) / len(all_texts),
         "duplicates": duplicate_share(all_texts),
     }
-    rows = zip(share, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)
+    rows = zip(prompts, texts, experience.scores.tolist(), experience.kl.sum(1).tolist(), strict=True)
     samples = [
         {"prompt": display_text(p), "response": r, "score": round(s, 3), "kl": round(k, 2)} for p, r, s, k in rows
     ]
-    figures = {name: metrics[name] for name in EVALUATED} | mean_judgements(all_texts, judges, accelerator)
-    return Evaluation(-1, {f"eval_{name}": value for name, value in figures.items()}, samples, experience.scores)
+    figures = {name: metrics[name] for name in EVALUATED} | mean_judgements(all_texts, setup.judges, accelerator)
+    return Evaluation(step, {f"eval_{name}": value for name, value in figures.items()}, samples, experience.scores)
 
 
 def mean_judgements(texts: Sequence[str], judges: Mapping[str, Judge], accelerator: Accelerator) -> dict[str, float]:
@@ -143,16 +161,16 @@ def mean_judgements(texts: Sequence[str], judges: Mapping[str, Judge], accelerat
 
     Raises UserError for a judge that does not give one finite number for each text.
     """
-    found: list[dict[str, float]] = [{}]
+    means: list[dict[str, float]] = [{}]
     if accelerator.is_main_process:
         for name, judge in judges.items():
             values = np.asarray(judge(texts), dtype=np.float64)
-            found[0][name] = float(values.mean()) if values.shape == (len(texts),) else math.nan
-    broadcast_object_list(found)
-    for name, mean in found[0].items():
+            means[0][name] = float(values.mean()) if values.shape == (len(texts),) else math.nan
+    broadcast_object_list(means)
+    for name, mean in means[0].items():
         if not math.isfinite(mean):
             raise UserError(f"judge {name}: expected one finite number for each of {len(texts)} texts")
-    return found[0]
+    return means[0]
 
 
 def reason_to_stop(history: Sequence[Evaluation], config: PPO) -> str:

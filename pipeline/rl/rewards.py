@@ -21,7 +21,7 @@ def reward_model_scores(model: PreTrainedModel, input_ids: Tensor, attention_mas
 @torch.no_grad()
 def adapter_reward_scores(actor_critic: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The same of a reward model that is an adapter on the policy's base."""
-    return at_last_token(actor_critic(input_ids, attention_mask, as_role=REWARD)[0], attention_mask)
+    return at_last_token(actor_critic(input_ids, attention_mask, as_adapter=REWARD)[0], attention_mask)
 
 
 def at_last_token(outputs: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """From prompts to sampled responses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +9,12 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.config.dials import Sampling
-from pipeline.config.stages import PPO, Evaluate, Reward
 from pipeline.core.tensors import response_length, response_mask
-from pipeline.data.formats import Text, read_rows
-from pipeline.data.sources import DataError
-from pipeline.data.tokenize import ensure_chat_template, prompt_batch, prompt_ids
+from pipeline.data.formats import Text
+from pipeline.data.tokenize import decode, prompt_batch
 from pipeline.models.loading import Policy, unwrap_peft
 from pipeline.models.saving import sampling_config
-from pipeline.runtime.console import print_main
+from pipeline.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,21 @@ class Rollout:
     sampled_logprobs: Tensor  # (B, T) nats, by the sampler's own forwards
 
     @property
-    def size(self) -> int:
+    def response_tokens(self) -> int:
+        """T: slots of a response, padding included."""
         return self.response_mask.shape[1]
 
     @property
     def responses(self) -> Tensor:
-        return self.input_ids[:, -self.size :]
+        return self.input_ids[:, -self.response_tokens :]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a policy wrote for n prompts, and what was measured on each response."""
+
+    texts: list[str]
+    measures: dict[str, Tensor]  # (n,) float32 in ordinary memory, by name
 
 
 class SampledLogprobs(LogitsProcessor):
@@ -44,7 +51,7 @@ class SampledLogprobs(LogitsProcessor):
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
-        self.found: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
         self.log_p: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -55,7 +62,7 @@ class SampledLogprobs(LogitsProcessor):
 
     def take(self, input_ids: Tensor) -> None:
         if self.log_p is not None:
-            self.found.append(self.log_p.gather(1, input_ids[:, -1:]))
+            self.logprobs.append(self.log_p.gather(1, input_ids[:, -1:]))
 
 
 @torch.no_grad()
@@ -79,20 +86,20 @@ def generate(
     model.generation_config = config  # a setting left open, such as min_new_tokens, would be taken from the model's own
     was_training = model.training
     model.eval()
-    sampled = SampledLogprobs(sampling.temperature)
+    sampled_logprobs = SampledLogprobs(sampling.temperature)
     output = model.generate(  # type: ignore[operator]  # declared by a mixin that mypy does not see
         input_ids=ids,
         attention_mask=prompt_mask.long(),
         use_cache=True,
         streamer=streamer,
-        logits_processor=[sampled],
+        logits_processor=[sampled_logprobs],
     )
-    sampled.take(output)
+    sampled_logprobs.take(output)
     model.train(was_training)
     responses = output[:, ids.shape[1] :]
     rest = (0, sampling.max_new_tokens - responses.shape[1])
     responses = nn.functional.pad(responses, rest, value=tokenizer.pad_token_id)
-    logprobs = nn.functional.pad(torch.cat(sampled.found, 1), rest)
+    logprobs = nn.functional.pad(torch.cat(sampled_logprobs.logprobs, 1), rest)
     length, has_eos = response_length(responses, tokenizer.eos_token_id)
     mask = response_mask(length, sampling.max_new_tokens)
     return Rollout(
@@ -105,25 +112,26 @@ def generate(
     )
 
 
-def read_prompts(
-    source: str, limit: int, tokenizer: PreTrainedTokenizerBase, config: PPO | Reward | Evaluate
-) -> list[Text]:
-    """The sources' prompts; those longer than max_prompt_tokens treated as `long_prompts` says, and counted."""
-    rows = read_rows(source, "prompt", limit, config.run.bad_rows, config.run.seed)
-    ensure_chat_template(tokenizer, rows)
-    return filter_prompts([row["prompt"] for row in rows], tokenizer, config.sampling, source)
+@torch.no_grad()
+def respond_and_score(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    sampling: Sampling,
+    measure: Callable[[Rollout], Mapping[str, Tensor]],
+    batch_size: int,
+    precision: str = "fp32",
+) -> Responses:
+    """One sampled response to each prompt, `batch_size` at a time, and what `measure` gives of each, (B,) by name.
 
-
-def filter_prompts(
-    prompts: list[Text], tokenizer: PreTrainedTokenizerBase, sampling: Sampling, source: str
-) -> list[Text]:
-    """The prompts, those longer than max_prompt_tokens treated as `long_prompts` says."""
-    most, policy = sampling.max_prompt_tokens, sampling.long_prompts
-    longer = [len(ids) > most for ids in prompt_ids(tokenizer, prompts)]
-    if not any(longer):
-        return prompts
-    told = f"{source}: {sum(longer):,} of {len(prompts):,} prompts are longer than {most} tokens"
-    if policy == "error" or (policy == "drop" and all(longer)):
-        raise DataError(f"{told}: raise max_prompt_tokens, or say --long_prompts cut")
-    print_main(f"{told} ({policy})")
-    return [prompt for prompt, is_longer in zip(prompts, longer, strict=True) if policy == "cut" or not is_longer]
+    Draws from torch's global generator: with the seed set before, the same noise for every policy.
+    """
+    texts: list[str] = []
+    measures: dict[str, list[Tensor]] = {}
+    for start in range(0, len(prompts), batch_size):
+        with autocast(precision):
+            rollout = generate(policy, tokenizer, prompts[start : start + batch_size], sampling)
+            for name, values in measure(rollout).items():
+                measures.setdefault(name, []).append(values.float().cpu())
+        texts += [decode(tokenizer, ids) for ids in rollout.responses.tolist()]
+    return Responses(texts, {name: torch.cat(parts) for name, parts in measures.items()})

@@ -102,7 +102,7 @@ class StageRun:
             | {"arithmetic": self.launch["precision"]},
         )
         self.checkpoints = self.folder / "checkpoints"
-        self.resumed: Checkpoint | None = None  # known once the stage is entered
+        self.resume_from: Checkpoint | None = None  # known once the stage is entered
         self.heartbeat = Heartbeat(stage, self.folder / ".processes", config.run.patience)
         self._tracking: Tracking | None = None
         self._progress: Progress | None = None
@@ -143,11 +143,11 @@ class StageRun:
     def __enter__(self) -> "StageRun":
         found: list[Checkpoint | None] = [checkpoints.newest_checkpoint(self.checkpoints) if is_main() else None]
         broadcast_object_list(found)
-        self.resumed = self._same_run(found[0])
-        self.number = self.resumed.facts["number"] if self.resumed else uuid.uuid4().hex[:8]
+        self.resume_from = self._same_run(found[0])
+        self.number = self.resume_from.facts["number"] if self.resume_from else uuid.uuid4().hex[:8]
         if is_main():
             self._check_disk()
-            self._go_on(self.resumed) if self.resumed else self._put_aside_unfinished()
+            self._truncate_logs(self.resume_from) if self.resume_from else self._archive_unfinished()
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(self.dials, sort_keys=False), encoding="utf-8")
             self._write_run_json({})
@@ -156,8 +156,8 @@ class StageRun:
         processes().wait_for_everyone()
         self.heartbeat.start()
         print_main(f"{self.stage}: {self.folder} ({self.launch['precision']})")
-        if self.resumed:
-            print_main(f"{self.stage}: goes on after step {self.resumed.step} ({self.resumed.folder})")
+        if self.resume_from:
+            print_main(f"{self.stage}: goes on after step {self.resume_from.step} ({self.resume_from.folder})")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -177,7 +177,7 @@ class StageRun:
                 f"{needed / 2**20:,.0f}: make room, or give --runs a folder on another disk"
             )
 
-    def checkpoint(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
         """What a later run of the same inputs goes on from: what all processes `write`, and a JSON `state`."""
         self.heartbeat.enter(f"checkpoint {step}")
         logs = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
@@ -211,13 +211,13 @@ class StageRun:
             )
         return found
 
-    def _go_on(self, found: Checkpoint) -> None:
+    def _truncate_logs(self, found: Checkpoint) -> None:
         """Cuts the logs back to where the checkpoint was made: what came after it comes again."""
         for name in LOGS:
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, found.facts["logs"].get(name, 0))
 
-    def _put_aside_unfinished(self) -> None:
+    def _archive_unfinished(self) -> None:
         """Logs of an earlier attempt that did not finish are kept under attempts/."""
         left = [path for path in self.folder.glob("*") if path.name != "attempts"]
         if left:
@@ -248,7 +248,7 @@ class StageRun:
             if self._tracking is not None:
                 self._tracking.log(metrics, step)
 
-    def sample(self, rows: Sequence[Mapping[str, Any]], step: int | None = None) -> None:
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int | None = None) -> None:
         """Appends texts to samples.jsonl, and shows the first twenty of them in the tracker."""
         if is_main():
             for row in rows:
@@ -260,7 +260,7 @@ class StageRun:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def progress(self, total: int, done: int, **shown: str) -> None:
+    def show_progress(self, total: int, done: int, **shown: str) -> None:
         """Draws the stage's one progress bar with its time left and the two or three numbers that matter."""
         if not is_main():
             return

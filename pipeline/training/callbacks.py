@@ -27,7 +27,7 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.started, self.tokens = run, time.monotonic(), 0.0
-        self.before = run.resumed.facts["state"]["tokens"] if run.resumed else 0.0  # read by an earlier attempt
+        self.before = run.resume_from.facts["state"]["tokens"] if run.resume_from else 0.0  # read by an earlier attempt
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.run.heartbeat.phase = f"step {state.global_step}"  # steps are short: the next beat will write it
@@ -47,7 +47,7 @@ class MetricsCallback(TrainerCallback):
         shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_second']:,}"}
         if "accuracy" in metrics:
             shown["accuracy"] = f"{metrics['accuracy']:.3f}"
-        self.run.progress(state.max_steps, state.global_step, **shown)
+        self.run.show_progress(state.max_steps, state.global_step, **shown)
 
 
 class CheckpointCallback(TrainerCallback):
@@ -67,4 +67,4 @@ class CheckpointCallback(TrainerCallback):
                 written.rmdir()
 
         processes().wait_for_everyone()
-        self.run.checkpoint(state.global_step, take, {"tokens": tokens_trained(self.trainer)})
+        self.run.save_checkpoint(state.global_step, take, {"tokens": tokens_trained(self.trainer)})

@@ -86,9 +86,9 @@ def run_training(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRu
     trainer.add_callback(MetricsCallback(run))
     trainer.add_callback(CheckpointCallback(run, trainer))
     start = None
-    if run.resumed:
-        start = str(run.resumed.folder)
-        set_tokens_trained(trainer, run.resumed.facts["state"]["tokens"])
+    if run.resume_from:
+        start = str(run.resume_from.folder)
+        set_tokens_trained(trainer, run.resume_from.facts["state"]["tokens"])
         assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
         if hash_tokenizer(load_tokenizer(start)) != hash_tokenizer(trainer.processing_class):
             raise UserError(f"{start}: the tokenizer made now is another; move {run.checkpoints} away to start again")

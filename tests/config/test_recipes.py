@@ -1,15 +1,18 @@
 """Every YAML of every recipe parses, and says in its first two lines how to run it and what to expect."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline.config.commands import Compose, Inspect, MergeAdapter, Search, Verify
 from pipeline.config.dials import Run
-from pipeline.config.parse import Config, parse
+from pipeline.config.parse import Config, flat, parse
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = {kind.__name__.lower(): kind for kind in Config.__constraints__}
+COMMANDS = {"compose": Compose, "verify": Verify, "inspect": Inspect, "merge": MergeAdapter, "search": Search}
 FILES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate")
 
 
@@ -49,3 +52,22 @@ def test_the_smoke_recipe_is_small_and_reports_nowhere():
     for stage, kind in KINDS.items():
         parsed = parse(kind, ["--config", str(ROOT / "configs" / "smoke" / f"{stage}.yaml")])
         assert parsed.run.report_to == "none"
+
+
+def mentioned(page: str) -> list[tuple[type, str]]:
+    """Each `--name` behind `stages/<stage>.py`, with the stage or the command whose dial it should be."""
+    found = []
+    for stage, rest in re.findall(r"stages/(\w+)\.py((?:\\\n|[^\n`#])*)", page):
+        first = (rest.split() or [""])[0]
+        kind = COMMANDS[first] if stage == "merge" and first in COMMANDS else KINDS.get(stage)
+        found += [(kind, name) for name in re.findall(r"(?<=\s)--(\w+)", rest) if kind]
+    return found
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_dial_on_a_command_line_of_the_documentation_is_one(page):
+    for kind, name in mentioned(page.read_text(encoding="utf-8")):
+        assert name in {"config", "help", *flat(kind())}, kind.__name__

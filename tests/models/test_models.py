@@ -44,7 +44,7 @@ from pipeline.models.loading import (
     unwrap_peft,
     wrap_with_adapter,
 )
-from pipeline.models.multi_adapter import role
+from pipeline.models.multi_adapter import use_adapter
 from pipeline.models.saving import save_policy
 from pipeline.rl.rewards import reward_model_scores
 
@@ -295,11 +295,11 @@ def test_the_reference_role_is_the_base_bit_for_bit(kind, adapter, make_model):
         optimizer.zero_grad()
     moved = logits(policy)
     assert (moved - base).abs().max() > 0.1
-    with role(policy, None):
+    with use_adapter(policy, None):
         assert torch.equal(logits(policy), base)
         assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
     assert torch.equal(logits(policy), moved)
-    with pytest.raises(KeyError), role(policy, None):
+    with pytest.raises(KeyError), use_adapter(policy, None):
         raise KeyError
     assert torch.equal(logits(policy), moved)
     assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
@@ -492,11 +492,11 @@ def test_a_new_value_head_is_zero():
     assert not any(parameter.any() for parameter in ValueHead(16).parameters())
 
 
-@pytest.mark.parametrize("trains_policy", [True, False])
-def test_the_value_loss_reaches_the_trunk_unless_only_the_critic_learns(trains_policy, make_model):
+@pytest.mark.parametrize("update_policy", [True, False])
+def test_the_value_loss_reaches_the_trunk_unless_only_the_critic_learns(update_policy, make_model):
     model = ActorCritic(make_model("gpt2", seed=3), disturbed(ValueHead(16)), 0.7, 0)
-    model(IDS, torch.ones_like(IDS, dtype=torch.bool), SIZE, trains_policy)[2].sum().backward()
-    assert any(p.grad is not None and p.grad.any() for p in model.policy.parameters()) == trains_policy
+    model(IDS, torch.ones_like(IDS, dtype=torch.bool), SIZE, update_policy)[2].sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.policy.parameters()) == update_policy
     assert all(p.grad.any() for p in model.critic.parameters())
 
 

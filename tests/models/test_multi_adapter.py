@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from experiences import to_experience
 from peft import PeftModel, TaskType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -31,10 +32,9 @@ from pipeline.models.loading import (
     unwrap_peft,
     wrap_with_adapter,
 )
-from pipeline.models.multi_adapter import CRITIC, POLICY, REFERENCE, REWARD, adapter_layers, hash_trunk, role
+from pipeline.models.multi_adapter import CRITIC, POLICY, REFERENCE, REWARD, adapter_layers, hash_trunk, use_adapter
 from pipeline.models.saving import save_policy
-from pipeline.rl import progress
-from pipeline.rl.experience import to_experience
+from pipeline.rl import progress, setup
 from pipeline.rl.rewards import adapter_reward_scores, reward_model_scores
 from pipeline.rl.rollout import generate
 from pipeline.runtime.stage_run import read_done
@@ -91,7 +91,7 @@ def parents(saved, tokenizer, tmp_path_factory):
 def four_roles(folder, dials, critic="reward", sft="sft"):
     policy = load_policy(folder / sft, dials)
     reward_model = add_reward_model(folder / "reward", policy)
-    head = ppo.add_critic(critic, policy, reward_model, PAD)
+    head = setup.add_critic(critic, policy, reward_model, PAD)
     return ActorCritic(policy, head, SAMPLING.temperature, PAD, reward_model).eval()
 
 
@@ -161,8 +161,8 @@ def test_every_role_is_what_peft_loads_from_its_folder(case):
     expected = logits[:, 2:-1].clone()
     expected[..., PAD] = -math.inf
     expected = (expected / SAMPLING.temperature).log_softmax(-1).gather(2, IDS[:, 3:, None]).squeeze(2)
-    close(actor_critic(IDS, MASK, 4, as_role=REFERENCE)[0], expected)
-    assert torch.equal(actor_critic(IDS, MASK, 4)[0], actor_critic(IDS, MASK, 4, as_role=REFERENCE)[0])
+    close(actor_critic(IDS, MASK, 4, as_adapter=REFERENCE)[0], expected)
+    assert torch.equal(actor_critic(IDS, MASK, 4)[0], actor_critic(IDS, MASK, 4, as_adapter=REFERENCE)[0])
 
 
 @torch.no_grad()
@@ -182,10 +182,10 @@ def test_a_role_ends_where_it_is_left_and_changes_no_trainability(roles, folder)
     base = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation=ATTN_IMPLEMENTATION).eval()
     seen = []
     for name in (None, REFERENCE, REWARD, CRITIC, POLICY):
-        with role(roles.policy, name):
+        with use_adapter(roles.policy, name):
             assert {name for name, p in roles.named_parameters() if p.requires_grad} == trainable
             seen.append(roles.policy(input_ids=IDS).logits)
-        with pytest.raises(KeyError), role(roles.policy, name):
+        with pytest.raises(KeyError), use_adapter(roles.policy, name):
             raise KeyError
         assert torch.equal(roles.policy(input_ids=IDS).logits, before)
     assert torch.equal(seen[0], base(input_ids=IDS).logits)
@@ -212,7 +212,7 @@ def test_an_adapter_from_elsewhere_becomes_a_role_without_dropout(parents, tmp_p
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5}))
     policy = load_policy(parents("llama", LORA) / "base", LORA)
     head = add_reward_model(folder, policy)
-    actor_critic = ActorCritic(policy, ppo.add_critic("reward", policy, head, PAD), 0.7, PAD, head).train()
+    actor_critic = ActorCritic(policy, setup.add_critic("reward", policy, head, PAD), 0.7, PAD, head).train()
     with torch.no_grad():
         assert torch.equal(actor_critic(IDS, MASK, 4)[2], actor_critic(IDS, MASK, 4)[2])
 
@@ -322,8 +322,8 @@ def accelerator():
 def experience_of(actor_critic, tokenizer):
     torch.manual_seed(1)
     rollout = generate(actor_critic.policy, tokenizer, PROMPTS, SAMPLING)
-    reference = ppo.make_reference(actor_critic, None, SAMPLING.temperature, PAD)
-    score = ppo.make_score(actor_critic, actor_critic.reward, torch.device("cpu"))
+    reference = setup.reference_forward(actor_critic, None, SAMPLING.temperature, PAD)
+    score = setup.reward_score(actor_critic, actor_critic.reward, torch.device("cpu"))
     return to_experience(rollout, actor_critic, reference, score, CONFIG, identity)
 
 
@@ -341,10 +341,10 @@ def test_training_moves_policy_and_critic_and_nothing_else(sft, checkpointing, c
     assert difference.abs().max() < 1e-4  # so `generate` reads the policy's role
     frozen = ("reference", REWARD)
     with torch.no_grad():
-        reference = actor_critic(IDS, MASK, 4, as_role=REFERENCE)[0]
+        reference = actor_critic(IDS, MASK, 4, as_adapter=REFERENCE)[0]
         scores = adapter_reward_scores(actor_critic, IDS, MASK)
     before = weights(actor_critic)
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
     rates = {group["lr"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
     for name, parameter in actor_critic.named_parameters():
         assert (id(parameter) in rates[3e-2]) == (owner(name) == POLICY and parameter.requires_grad)
@@ -357,7 +357,7 @@ def test_training_moves_policy_and_critic_and_nothing_else(sft, checkpointing, c
     assert {owner(name) for name in moved} == {POLICY, CRITIC}
     assert not {name for name in moved if owner(name) in frozen}
     with torch.no_grad():
-        assert torch.equal(actor_critic(IDS, MASK, 4, as_role=REFERENCE)[0], reference)
+        assert torch.equal(actor_critic(IDS, MASK, 4, as_adapter=REFERENCE)[0], reference)
         assert torch.equal(adapter_reward_scores(actor_critic, IDS, MASK), scores)
         assert not torch.equal(actor_critic(IDS, MASK, 4)[0], reference)
 
@@ -369,7 +369,7 @@ def test_a_critic_from_sft_is_a_copy_of_its_adapter_or_a_fresh_one_under_zeros(c
         stock = stock_language_model(folder / "sft") if sft == "sft" else load_language_model(folder / "base").eval()
         with torch.no_grad():
             assert not actor_critic(IDS, MASK, 4)[2].any()
-            with role(actor_critic.policy, CRITIC):
+            with use_adapter(actor_critic.policy, CRITIC):
                 states = unwrap_peft(actor_critic.policy).base_model(input_ids=IDS).last_hidden_state
             own = unwrap_peft(stock) if sft == "sft" else stock
             close(states, own.base_model(input_ids=IDS).last_hidden_state)
@@ -386,7 +386,7 @@ def test_dora_is_a_role_too(saved, tokenizer, tmp_path):
     again = load_policy(tmp_path / "sft", dials).eval()
     with torch.no_grad():
         close(again(input_ids=IDS).logits, before)
-        with role(again, REFERENCE):
+        with use_adapter(again, REFERENCE):
             close(again(input_ids=IDS).logits, before)
         base = AutoModelForCausalLM.from_pretrained(saved["llama"], attn_implementation=ATTN_IMPLEMENTATION).eval()
         assert (base(input_ids=IDS).logits - before).abs().max() > 0.1
@@ -530,7 +530,7 @@ def test_a_full_reward_model_stands_outside_as_before(parents, saved, tokenizer,
     policy = load_policy(folder / "sft", LORA)
     own = add_reward_model(tmp_path / "full", policy)
     assert not isinstance(own, ValueHead)
-    assert isinstance(ppo.add_critic("reward", policy, own, PAD), Critic)
+    assert isinstance(setup.add_critic("reward", policy, own, PAD), Critic)
     assert set(policy.peft_config) == {POLICY, REFERENCE}
     full = load_policy(folder / "sft", Adapter())
     assert not adapter_layers(full)

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from experiences import to_experience
 
 from pipeline.config.dials import Adapter, Sampling
 from pipeline.config.stages import PPO
@@ -19,10 +20,9 @@ from pipeline.models.actor_critic import ActorCritic
 from pipeline.models.forward import response_logprobs
 from pipeline.models.heads import Critic
 from pipeline.models.loading import freeze
-from pipeline.ppo import ppo_loss
-from pipeline.rl.experience import to_experience
 from pipeline.rl.rewards import reward_model_scores
 from pipeline.rl.rollout import generate
+from pipeline.rl.update import ppo_loss
 
 PAD, EOS = 0, 2
 PROMPTS = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate", "he"]
@@ -114,7 +114,7 @@ def problem(request, policy, reward_model, make_model, tokenizer):
     score = partial(reward_model_scores, reward_model)
     experience = to_experience(rollout, actor_critic, forward, score, config, identity)
     assert 1 <= rollout.has_eos.sum() <= 7
-    width = rollout.input_ids.shape[1] - rollout.size
+    width = rollout.input_ids.shape[1] - rollout.response_tokens
     sequences = [
         (ids[:width][mask[:width]].tolist(), ids[width:][mask[width:]].tolist())
         for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from experiences import to_experience
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -25,8 +26,7 @@ from pipeline.models.actor_critic import ActorCritic
 from pipeline.models.forward import response_logprobs
 from pipeline.models.heads import Critic, ValueHead, load_reward_model
 from pipeline.models.loading import freeze, load_language_model, wrap_with_adapter
-from pipeline.rl import monitor, progress
-from pipeline.rl.experience import to_experience
+from pipeline.rl import monitor, progress, setup, update
 from pipeline.rl.rewards import reward_model_scores
 from pipeline.rl.rollout import generate
 from pipeline.runtime.stage_run import read_done
@@ -81,10 +81,10 @@ def same(module, before):
     return all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
 
 
-def run_update(actor_critic, experience, accelerator, config=CONFIG, trains_policy=True):
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+def run_update(actor_critic, experience, accelerator, config=CONFIG, update_policy=True):
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
     torch.manual_seed(0)
-    return ppo.update(actor_critic, optimizer, experience, config, accelerator, trains_policy)[0]
+    return ppo.update(actor_critic, optimizer, experience, config, accelerator, update_policy)[0]
 
 
 def texts(input_ids, attention_mask):
@@ -104,7 +104,7 @@ def half_broken(experience):
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(actor_critic, half_broken, accelerator):
-    optimizer, _ = ppo.make_optimizer(actor_critic, CONFIG)
+    optimizer, _ = setup.make_optimizer(actor_critic, CONFIG)
     steps = []
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
     before = weights(actor_critic)
@@ -118,7 +118,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(actor_critic, h
 
 def test_nothing_moves_when_every_step_is_skipped(actor_critic, half_broken, accelerator):
     config = dataclasses.replace(CONFIG, num_ppo_epochs=2, num_mini_batches=1)
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
     before = weights(actor_critic)
     assert ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=1) == (
         {"update_epochs": 2, "skipped_updates": 2}, 3,
@@ -129,14 +129,14 @@ def test_nothing_moves_when_every_step_is_skipped(actor_critic, half_broken, acc
 
 def test_too_many_skipped_in_a_row_stop_the_run_and_name_the_tensor(actor_critic, half_broken, accelerator):
     config = dataclasses.replace(CONFIG, num_ppo_epochs=1, num_mini_batches=1)
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
     with pytest.raises(FloatingPointError, match=r"6 optimiser steps in a row .*not finite here: loss, policy_loss\."):
-        ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=ppo.MOST_SKIPPED)
+        ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=update.MAX_SKIPPED_STEPS)
 
 
 def test_five_skipped_in_a_row_are_not_yet_too_many(actor_critic, half_broken, accelerator):
     config = dataclasses.replace(CONFIG, num_ppo_epochs=1, num_mini_batches=1)
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
     assert ppo.update(actor_critic, optimizer, half_broken, config, accelerator, True, skipped=4)[1] == 5
 
 
@@ -148,7 +148,7 @@ def scaled(monkeypatch):
         monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
         accelerator = Accelerator(cpu=True)
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
-        return accelerator, accelerator.prepare(ppo.make_optimizer(module, config)[0])
+        return accelerator, accelerator.prepare(setup.make_optimizer(module, config)[0])
 
     return make
 
@@ -186,7 +186,7 @@ def test_weights_that_are_not_finite_are_never_written(actor_critic, tokenizer, 
 
 @pytest.mark.parametrize(("target", "epochs"), [(None, 3), (1e9, 3), (0.0, 1)])
 def test_epochs_end_early_when_the_policy_has_moved_far(target, epochs, actor_critic, experience, accelerator):
-    optimizer, _ = ppo.make_optimizer(actor_critic, CONFIG)
+    optimizer, _ = setup.make_optimizer(actor_critic, CONFIG)
     steps = []
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
     config = dataclasses.replace(CONFIG, target_kl=target)
@@ -210,11 +210,11 @@ def test_epochs_end_by_their_own_mean_not_by_the_rollouts(actor_critic, experien
 
 
 def test_the_kl_coefficient_moves_only_when_it_is_to():
-    assert ppo.adapted(CONFIG, 50.0) is CONFIG
-    config = dataclasses.replace(CONFIG, kl_coef=0.15, adaptive_kl=6.0, rollout_batch=512)
-    assert ppo.adapted(config, 12.0).kl_coef == pytest.approx(0.151536)
-    assert ppo.adapted(config, 0.0).kl_coef == pytest.approx(0.148464)
-    assert dataclasses.replace(ppo.adapted(config, 0.0), kl_coef=0.15) == config
+    config = dataclasses.replace(CONFIG, adaptive_kl=6.0, rollout_batch=512)
+    for dials, kl, moved in ((CONFIG, 50.0, 0.15), (config, 12.0, 0.151536), (config, 0.0, 0.148464)):
+        state = progress.Progress(kl_coef=0.15)
+        state.advance(kl, dials)
+        assert (state.kl_coef, state.rollouts) == (pytest.approx(moved), 1)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 64])
@@ -243,11 +243,11 @@ def test_without_a_learning_rate_every_ratio_is_one(micro_batch, actor_critic, e
 def test_the_first_step_starts_at_the_rollouts_policy_exactly(actor_critic, experience):
     """The forward of training on the micro-batches of the rollout repeats its log-probabilities bit for bit."""
     for rows in torch.arange(8).split(CONFIG.micro_batch):
-        _, sums = ppo.ppo_loss(actor_critic, experience[rows], CONFIG, experience.response_mask[rows].sum(), True)
+        _, sums = update.ppo_loss(actor_critic, experience[rows], CONFIG, experience.response_mask[rows].sum(), True)
         assert sums["ratio"].item() == pytest.approx(1, abs=1e-6)
         assert sums["approx_kl"].item() == sums["clip_fraction"].item() == sums["value_clip_fraction"].item() == 0
     config = dataclasses.replace(CONFIG, micro_batch=8)
-    _, sums = ppo.ppo_loss(actor_critic, experience, config, experience.response_mask.sum(), True)
+    _, sums = update.ppo_loss(actor_critic, experience, config, experience.response_mask.sum(), True)
     mean_advantage = experience.advantages[experience.response_mask].mean()
     assert sums["policy_loss"].item() == pytest.approx(-mean_advantage.item(), abs=1e-6)
 
@@ -256,19 +256,19 @@ def test_in_bfloat16_too_the_first_ratio_is_one_exactly(actor_critic, reward_mod
     """Rollout and update under one autocast and on the same rows; under two kinds of arithmetic it would not be."""
     with torch.autocast("cpu", torch.bfloat16):
         rollout = rollout_of(actor_critic, tokenizer)
-        reference = ppo.make_reference(actor_critic, freeze(copy.deepcopy(actor_critic.policy)), 0.7, PAD)
+        reference = setup.reference_forward(actor_critic, freeze(copy.deepcopy(actor_critic.policy)), 0.7, PAD)
         made = to_experience(
             rollout, actor_critic, reference, partial(reward_model_scores, reward_model), CONFIG, identity
         )
         assert (made.kl == 0).all()
         ratios = [
-            ppo.ppo_loss(actor_critic, made[rows], CONFIG, made.response_mask[rows].sum(), True)[1]
+            update.ppo_loss(actor_critic, made[rows], CONFIG, made.response_mask[rows].sum(), True)[1]
             for rows in torch.arange(8).split(CONFIG.micro_batch)
         ]
     assert {sums["approx_kl"].item() for sums in ratios} == {0.0}
     assert all(sums["ratio_min"] == sums["ratio_max"] == 1 for sums in ratios)
     assert made.old_logprobs.dtype == made.old_values.dtype == torch.float32
-    _, sums = ppo.ppo_loss(actor_critic, made, CONFIG, made.response_mask.sum(), True)
+    _, sums = update.ppo_loss(actor_critic, made, CONFIG, made.response_mask.sum(), True)
     assert sums["approx_kl"] > 1e-7
 
 
@@ -283,7 +283,7 @@ def test_what_stands_in_masked_slots_changes_neither_update_nor_metrics(poison, 
     for given in (experience, dirty):
         module = copy.deepcopy(actor_critic)
         metrics = run_update(module, given, accelerator, dataclasses.replace(CONFIG, entropy_coef=0.1))
-        results.append((metrics, monitor.rollout_metrics(given, accelerator, CONFIG), weights(module)))
+        results.append((metrics, monitor.rollout_metrics(given, accelerator, CONFIG, CONFIG.kl_coef), weights(module)))
     assert results[0][:2] == results[1][:2]
     assert all(torch.equal(results[0][2][name], results[1][2][name]) for name in results[0][2])
 
@@ -297,7 +297,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(micro, actor_critic, ex
         actor_critic.zero_grad()
         totals = {}
         for rows in torch.arange(8).split(size):
-            loss, sums = ppo.ppo_loss(actor_critic, moved[rows], config, moved.response_mask.sum(), True)
+            loss, sums = update.ppo_loss(actor_critic, moved[rows], config, moved.response_mask.sum(), True)
             loss.backward()
             for name in ppo.EXTREMES:
                 sums.pop(name)
@@ -333,13 +333,13 @@ def test_update_accumulates_the_gradient_of_the_whole_minibatch(actor_critic, ex
     still = {"learning_rate": 0.0, "critic_learning_rate": 0.0}  # so that every step starts at the same weights
     config = dataclasses.replace(CONFIG, num_ppo_epochs=2, num_mini_batches=1, entropy_coef=0.3, **still)
     actor_critic.zero_grad()
-    loss, _ = ppo.ppo_loss(actor_critic, experience, config, experience.response_mask.sum(), True)
+    loss, _ = update.ppo_loss(actor_critic, experience, config, experience.response_mask.sum(), True)
     loss.backward()
     gradients = [parameter.grad.clone() for parameter in actor_critic.parameters()]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert norm > config.max_grad_norm
     actor_critic.zero_grad()
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
     used = []
     optimizer.register_step_pre_hook(lambda *_: used.extend(p.grad.clone() for p in actor_critic.parameters()))
     metrics, skipped = ppo.update(
@@ -357,7 +357,7 @@ def test_each_epoch_steps_once_per_minibatch_and_uses_each_sequence_once(
     epochs, minibatches, actor_critic, experience, accelerator
 ):
     config = dataclasses.replace(CONFIG, num_ppo_epochs=epochs, num_mini_batches=minibatches)
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
     steps, used = [], []
     optimizer.register_step_post_hook(lambda *_: steps.append(len(used)))
     actor_critic.register_forward_pre_hook(lambda _, inputs: used.extend(texts(*inputs[:2])))
@@ -397,9 +397,9 @@ def test_activations_computed_again_give_the_same_update(adapter, actor_critic, 
 def test_the_loss_is_linear_in_its_coefficients(actor_critic, experience):
     tokens = experience.response_mask.sum()
 
-    def loss(vf_coef, entropy_coef, trains_policy=True):
+    def loss(vf_coef, entropy_coef, update_policy=True):
         config = dataclasses.replace(CONFIG, vf_coef=vf_coef, entropy_coef=entropy_coef)
-        return ppo.ppo_loss(actor_critic, experience, config, tokens, trains_policy)
+        return update.ppo_loss(actor_critic, experience, config, tokens, update_policy)
 
     _, sums = loss(0.0, 0.0)
     assert not any(value.requires_grad for value in sums.values())
@@ -422,8 +422,8 @@ def test_policy_and_critic_move_and_the_reference_does_not(
     if adapter != "none":
         actor_critic.policy = wrap_with_adapter(actor_critic.policy, Adapter(adapter=adapter))
     copied = freeze(copy.deepcopy(actor_critic.policy)) if adapter == "none" else None
-    reference = ppo.make_reference(actor_critic, copied, 0.7, PAD)
-    ids, mask, size = experience.input_ids, experience.attention_mask, experience.size
+    reference = setup.reference_forward(actor_critic, copied, 0.7, PAD)
+    ids, mask, size = experience.input_ids, experience.attention_mask, experience.response_tokens
     real = experience.response_mask
     with torch.no_grad():
         expected, own = reference(ids, mask, size)[0], actor_critic(ids, mask, size)[0]
@@ -451,7 +451,7 @@ def test_one_step_changes_nearly_every_weight_that_has_a_gradient(actor_critic, 
         CONFIG, num_ppo_epochs=1, num_mini_batches=1, learning_rate=1e-6, critic_learning_rate=1e-6
     )
     before, gradients = weights(actor_critic), {}
-    optimizer, _ = ppo.make_optimizer(actor_critic, config)
+    optimizer, _ = setup.make_optimizer(actor_critic, config)
     optimizer.register_step_pre_hook(
         lambda *_: gradients.update({n: p.grad.abs() > 1e-5 for n, p in actor_critic.named_parameters()})
     )
@@ -464,7 +464,7 @@ def test_one_step_changes_nearly_every_weight_that_has_a_gradient(actor_critic, 
 def test_in_warm_up_only_the_critic_learns(actor_critic, experience, accelerator):
     policy, critic = weights(actor_critic.policy), weights(actor_critic.critic)
     config = dataclasses.replace(CONFIG, entropy_coef=0.1)
-    metrics = run_update(actor_critic, experience, accelerator, config, trains_policy=False)
+    metrics = run_update(actor_critic, experience, accelerator, config, update_policy=False)
     assert same(actor_critic.policy, policy)
     assert not same(actor_critic.critic, critic)
     assert metrics["approx_kl"] < 1e-10
@@ -483,7 +483,7 @@ def test_two_updates_from_one_seed_are_the_same_to_the_bit(actor_critic, experie
 
 
 def test_every_learning_rate_falls_linearly_and_the_last_is_above_zero(actor_critic):
-    optimizer, scheduler = ppo.make_optimizer(actor_critic, CONFIG)
+    optimizer, scheduler = setup.make_optimizer(actor_critic, CONFIG)
     rates = []
     for _ in range(CONFIG.rollouts):
         rates.append([group["lr"] for group in optimizer.param_groups])
@@ -498,16 +498,16 @@ def test_every_learning_rate_falls_linearly_and_the_last_is_above_zero(actor_cri
 
 
 def test_no_prompt_comes_twice_in_a_pass_and_ranks_share_out_a_batch():
-    batches = list(itertools.islice(ppo.prompt_batches(11, 4, seed=0), 6))
+    batches = list(itertools.islice(setup.prompt_batches(11, 4, seed=0), 6))
     for first in range(0, 6, 2):  # two batches of four to a pass over eleven
         rows = batches[first] + batches[first + 1]
         assert len(set(rows)) == 8
         assert set(rows) <= set(range(11))
     assert len(set(map(tuple, batches))) == 6
-    assert batches == list(itertools.islice(ppo.prompt_batches(11, 4, seed=0), 6))
-    assert batches != list(itertools.islice(ppo.prompt_batches(11, 4, seed=1), 6))
+    assert batches == list(itertools.islice(setup.prompt_batches(11, 4, seed=0), 6))
+    assert batches != list(itertools.islice(setup.prompt_batches(11, 4, seed=1), 6))
     with pytest.raises(ValueError, match="12, but there are 11"):
-        next(ppo.prompt_batches(11, 12, seed=0))
+        next(setup.prompt_batches(11, 12, seed=0))
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_first_rollout_only(experience, accelerator):
@@ -519,7 +519,7 @@ def test_a_reference_that_is_not_the_policy_stops_the_first_rollout_only(experie
 
 def test_metrics_are_those_of_numpy(experience, accelerator):
     bound = experience.scores.abs().median().item()  # one of them
-    metrics = monitor.rollout_metrics(experience, accelerator, dataclasses.replace(CONFIG, score_clip=bound))
+    metrics = monitor.rollout_metrics(experience, accelerator, dataclasses.replace(CONFIG, score_clip=bound), 0.2)
     mask = experience.response_mask
     rows = [experience.kl[row, mask[row]].double() for row in range(8)]
     tokens = torch.cat(rows)
@@ -545,7 +545,7 @@ def test_metrics_are_those_of_numpy(experience, accelerator):
     assert 0 < expected["score_clipped"] < 1
     assert metrics == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-4, rel=1e-5)
     assert metrics["sampling_difference"] < 1e-4
-    assert monitor.rollout_metrics(experience, accelerator, CONFIG)["score_clipped"] == 0
+    assert monitor.rollout_metrics(experience, accelerator, CONFIG, 0.2)["score_clipped"] == 0
 
 
 def test_a_correlation_with_what_never_changes_is_zero():
@@ -563,13 +563,13 @@ def learn(make_model, tokenizer, critic, score, config, rollouts, accelerator):
     make = partial(make_model, "gpt2", seed=3, lean=(EOS, 1.0))
     actor_critic = ActorCritic(make(), critic, config.sampling.temperature, PAD)
     reference = partial(response_logprobs, freeze(make()), temperature=config.sampling.temperature, pad_id=PAD)
-    optimizer, scheduler = ppo.make_optimizer(actor_critic, dataclasses.replace(config, rollouts=rollouts))
+    optimizer, scheduler = setup.make_optimizer(actor_critic, dataclasses.replace(config, rollouts=rollouts))
     history = []
     torch.manual_seed(0)
     for _ in range(rollouts):
         rollout = generate(actor_critic.policy, tokenizer, PROMPTS * 4, config.sampling)
         experience = to_experience(rollout, actor_critic, reference, score, config, identity)
-        history.append(monitor.rollout_metrics(experience, accelerator, config))
+        history.append(monitor.rollout_metrics(experience, accelerator, config, config.kl_coef))
         ppo.update(actor_critic, optimizer, experience, config, accelerator, True)
         scheduler.step()
     return history
@@ -765,7 +765,7 @@ def test_a_critic_of_another_origin_is_trained_and_saved(critic, adapter, parent
 
 def test_a_critic_from_sft_starts_at_zero_on_its_trunk(parents):
     sft = load_language_model(parents / "runs/tiny/sft/final")
-    critic = ppo.add_critic("sft", sft, None, PAD)
+    critic = setup.add_critic("sft", sft, None, PAD)
     ids = torch.tensor([[1, 5, 7, 4, 9, 3]])
     with torch.no_grad():
         assert not critic(ids, torch.ones_like(ids).bool()).any()
@@ -858,22 +858,17 @@ def test_a_judge_is_fitted_to_the_recipes_file(parents, tmp_path):
 def extreme(push, make_model, tokenizer, reward_model, accelerator):
     """A rollout, an update on it and an evaluation of a policy whose EOS has `push` added to its logit."""
     actor_critic = ActorCritic(make_model("gpt2", seed=3, lean=(EOS, push)), Critic(reward_model), 0.7, PAD)
-    experience_of = partial(
-        to_experience, actor_critic=actor_critic,
-        reference=partial(response_logprobs, freeze(copy.deepcopy(actor_critic.policy)), temperature=0.7, pad_id=PAD),
-        score=partial(reward_model_scores, reward_model), reduce=identity,
+    reference = freeze(copy.deepcopy(actor_critic.policy))
+    made_up = setup.Setup(
+        config=CONFIG, stage=Silent(), accelerator=accelerator, tokenizer=tokenizer, actor_critic=actor_critic,
+        prepared=actor_critic, meta=None, optimizer=None, scheduler=None,
+        reference=partial(response_logprobs, reference, temperature=0.7, pad_id=PAD),
+        score=partial(reward_model_scores, reward_model), judges={}, prompts=PROMPTS, held_out=PROMPTS,
     )  # fmt: skip
-    made = experience_of(rollout_of(actor_critic, tokenizer), config=CONFIG)
-    found = monitor.evaluate_policy(
-        PROMPTS,
-        partial(ppo.sampled, actor_critic, None, tokenizer, CONFIG.sampling),
-        tokenizer,
-        experience_of,
-        accelerator,
-        {},
-        CONFIG,
-        [],
+    made = to_experience(
+        rollout_of(actor_critic, tokenizer), actor_critic, made_up.reference, made_up.score, CONFIG, identity
     )
+    found = monitor.evaluate_policy(made_up, 0, [])
     metrics = run_update(actor_critic, made, accelerator) | found.metrics
     assert all(math.isfinite(value) for value in metrics.values())
     assert all(parameter.isfinite().all() for parameter in actor_critic.parameters())
@@ -895,7 +890,7 @@ def test_a_policy_that_never_ends_is_told_of(make_model, tokenizer, reward_model
     assert found.metrics["eval_eos_share"] == 0
     assert found.metrics["eval_length"] == CONFIG.sampling.max_new_tokens
     assert (made.rewards[:, -1] == -1.0).all()
-    progress.record_evaluation(Silent(), 0, found, actor_critic, [])
+    progress.record_evaluation(Silent(), found, actor_critic, [])
     assert "no response of the evaluation at rollout 0 ended by itself" in " ".join(capsys.readouterr().out.split())
 
 
@@ -908,7 +903,7 @@ def test_empty_responses_are_responses(make_model, tokenizer, reward_model, acce
     assert [row["response"] for row in found.samples] == [""] * 8
     assert (found.metrics["eval_length"], found.metrics["eval_repetition"]) == (1, 0)
     assert found.metrics["eval_duplicates"] == pytest.approx(7 / 8)
-    progress.record_evaluation(Silent(), 0, found, actor_critic, [])
+    progress.record_evaluation(Silent(), found, actor_critic, [])
     assert "ended by itself" not in capsys.readouterr().out
 
 
@@ -964,12 +959,13 @@ class Silent:
     def log(self, *_):
         pass
 
-    sample = log
+    log_samples = log
 
 
-def evaluation_with(**metrics):
-    found = {f"eval_{name}": 0.0 for name in monitor.EVALUATED} | {"eval_entropy": 4.0, "eval_repetition": 0.2}
-    return monitor.Evaluation(0, found | {f"eval_{name}": value for name, value in metrics.items()}, [], torch.zeros(1))
+def evaluation_with(step=0, **metrics):
+    found = {f"eval_{name}": 0.0 for name in setup.EVALUATED} | {"eval_entropy": 4.0, "eval_repetition": 0.2}
+    found |= {f"eval_{name}": value for name, value in metrics.items()}
+    return monitor.Evaluation(step, found, [], torch.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -995,12 +991,13 @@ def test_the_alarm_names_what_it_saw(metrics, says):
 def test_an_alarm_goes_back_whatever_is_to_be_kept(keep, kl, kept, actor_critic):
     """The first evaluation has the higher reward; the second is the last, within its KL budget or over it."""
     config = dataclasses.replace(CONFIG, keep=keep, kl_budget=10.0)
-    history = [progress.record_evaluation(Silent(), 0, evaluation_with(reward=1.0), actor_critic, [])]
+    history = []
+    progress.record_evaluation(Silent(), evaluation_with(reward=1.0), actor_critic, history)
     before = weights(actor_critic)
     with torch.no_grad():
         for parameter in actor_critic.parameters():
             parameter.add_(1.0)
-    history.append(progress.record_evaluation(Silent(), 1, evaluation_with(reward=0.5, kl=kl), actor_critic, history))
+    progress.record_evaluation(Silent(), evaluation_with(step=1, reward=0.5, kl=kl), actor_critic, history)
     kept_module, metrics = progress.restore_kept(history, actor_critic, None, config)
     assert kept_module is actor_critic
     assert metrics["kept_rollout"] == kept
@@ -1017,15 +1014,27 @@ def test_little_repetition_may_grow_by_a_twentieth():
 def test_of_equal_rewards_the_first_is_the_best(actor_critic, tmp_path):
     history = []
     for value in (1.0, 1.0, 2.0, 1.5):
-        history.append(
-            progress.record_evaluation(Silent(), len(history), evaluation_with(reward=value), actor_critic, history)
-        )
+        progress.record_evaluation(Silent(), evaluation_with(reward=value), actor_critic, history)
     assert [bool(found.weights) for found in history] == [False, False, True, False]
+
+
+def test_evaluations_charge_the_configured_coefficient_wherever_it_was_steered(parents, tmp_path):
+    """`keep: best` compares rewards, so all evaluations of a run pay the same for a nat."""
+    config = stage_config(
+        parents, tmp_path, rollouts=5, kl_coef=0.5, adaptive_kl=1e-3, adaptive_kl_horizon=10, learning_rate=0.02,
+        missing_eos_score=None, eval_steps=1,
+    )  # fmt: skip
+    rows = logged(ppo.train(config))
+    assert [row["kl_coef"] for row in rows if "kl_coef" in row][-1] > 1.5 * config.kl_coef
+    evaluations = [row for row in rows if "eval_kl" in row]
+    assert max(row["eval_kl"] for row in evaluations) > 0.01
+    for row in evaluations:
+        assert row["eval_reward"] == pytest.approx(row["eval_score"] - 0.5 * row["eval_kl"], abs=1e-5)
 
 
 def test_every_prompt_of_a_batch_is_answered(parents, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(ppo, "generate", lambda *given: (asked.append(len(given[2])), generate(*given))[1])
+    monkeypatch.setattr(setup, "generate", lambda *given: (asked.append(len(given[2])), generate(*given))[1])
     ppo.train(stage_config(parents, tmp_path, rollouts=2))
     assert asked == [6, 8, 8, 6]  # an evaluation, two rollouts, an evaluation
 

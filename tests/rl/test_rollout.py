@@ -4,12 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+from experiences import to_experience
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config.dials import Adapter, Sampling
 from pipeline.config.errors import UserError
 from pipeline.config.stages import PPO
 from pipeline.core.tensors import identity
+from pipeline.data.prompts import read_prompts
 from pipeline.data.sources import DataError
 from pipeline.data.tokenize import decode, preference_rows, text_ids
 from pipeline.data.tokenizer import train_tokenizer
@@ -17,10 +19,10 @@ from pipeline.models.actor_critic import ActorCritic
 from pipeline.models.forward import response_logprobs
 from pipeline.models.heads import Critic
 from pipeline.models.loading import wrap_with_adapter
-from pipeline.ppo import ppo_loss
-from pipeline.rl.experience import Experience, to_experience
+from pipeline.rl.experience import Experience
 from pipeline.rl.rewards import reward_model_scores
-from pipeline.rl.rollout import Rollout, generate, read_prompts
+from pipeline.rl.rollout import Rollout, generate
+from pipeline.rl.update import ppo_loss
 
 PAD, BOS, EOS = 0, 1, 2
 PROMPTS = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate", "he"]
@@ -39,9 +41,9 @@ def sample(policy, tokenizer, seed=0, sampling=SAMPLING):
 def test_what_is_sampled_is_what_is_scored(policy, tokenizer):
     rollout = sample(policy, tokenizer)
     torch.manual_seed(0)
-    prompts = rollout.input_ids[:, : -rollout.size]
+    prompts = rollout.input_ids[:, : -rollout.response_tokens]
     theirs = policy.generate(
-        prompts, attention_mask=rollout.attention_mask[:, : -rollout.size].long(),
+        prompts, attention_mask=rollout.attention_mask[:, : -rollout.response_tokens].long(),
         do_sample=True, top_k=0, top_p=1.0, temperature=0.7, suppress_tokens=[PAD], eos_token_id=EOS, pad_token_id=PAD,
         max_new_tokens=11, output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
@@ -49,7 +51,7 @@ def test_what_is_sampled_is_what_is_scored(policy, tokenizer):
     assert torch.equal(rollout.responses[:, : sampled.shape[1]], sampled)
     scores = torch.stack(theirs.scores, 1)
     expected = scores.double().log_softmax(-1).gather(-1, sampled[..., None]).squeeze(-1)
-    ours, _ = response_logprobs(policy, rollout.input_ids, rollout.attention_mask, rollout.size, 0.7, PAD)
+    ours, _ = response_logprobs(policy, rollout.input_ids, rollout.attention_mask, rollout.response_tokens, 0.7, PAD)
     mask = rollout.response_mask[:, : sampled.shape[1]]
     torch.testing.assert_close(ours[:, : sampled.shape[1]][mask].double(), expected[mask], atol=1e-4, rtol=0)
     theirs = rollout.sampled_logprobs[:, : sampled.shape[1]]
@@ -81,7 +83,7 @@ def test_the_cache_is_used_while_sampling(policy, tokenizer):
 
 def test_a_rollout_is_ragged_and_ends_at_eos(policy, tokenizer):
     rollout = sample(policy, tokenizer)
-    assert rollout.size == rollout.responses.shape[1] == 11
+    assert rollout.response_tokens == rollout.responses.shape[1] == 11
     assert rollout.input_ids.shape == rollout.attention_mask.shape == (8, 9 + 11)
     assert 2 <= rollout.has_eos.sum() <= 6
     assert len(set(rollout.length.tolist())) > 3

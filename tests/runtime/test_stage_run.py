@@ -56,7 +56,7 @@ def finished(stage: str, kind, parents: dict[str, Path], *argv, content: str = "
     with StageRun(stage, config(kind, *argv), parents, hash_sources(["train.jsonl", "validation.jsonl"])) as run:
         run.log(3, {"loss": 1.5, "accuracy": 0.25})
         run.log(4, {"loss": 1.25})
-        run.sample([{"text": "größer"}])
+        run.log_samples([{"text": "größer"}])
         return run.finish(write, {"loss": 1.25})
 
 

@@ -35,7 +35,7 @@ with StageRun("pretrain", parse(Pretrain, dials), {}, hash_sources(["train.jsonl
 with StageRun("sft", parse(SFT, dials), {"base": base}, hash_sources(["train.jsonl"])) as run:
     for step in (1, 2):
         run.log(step, {"loss": 2.0 - step, "grad_norm": 0.5})
-        run.sample([{"step": step, "prompt": "größe", "response": "a | b", "score": step / 2}], step)
+        run.log_samples([{"step": step, "prompt": "größe", "response": "a | b", "score": step / 2}], step)
     run.finish(write, {"loss": 0.25})
 """
 
@@ -168,7 +168,7 @@ def test_tensorboard_gets_metrics_config_and_samples(project):
     with StageRun("merge", parse(Merge, dials), {}, hash_sources(["train.jsonl"])) as run:
         run.log(1, {"loss": 2.0})
         run.log(2, {"loss": 1.0})
-        run.sample([{"prompt": "a", "response": "b | c\nd"}], 2)
+        run.log_samples([{"prompt": "a", "response": "b | c\nd"}], 2)
         run.finish(lambda folder: (folder / "a.txt").write_text("a"), {"loss": 1.0})
     found = events(project / "runs/r/merge/tensorboard")
     assert [(step, value.simple_value) for step, value in found if value.tag == "merge/loss"] == [(1, 2.0), (2, 1.0)]
@@ -205,8 +205,8 @@ for step in (1, 2):
     run = StageRun("pretrain", config, {}, hash_sources(["train.jsonl"]))
     try:
         with run:
-            print("run id", run._tracking.tracker.run.id, run.resumed and run.resumed.step)
-            run.checkpoint(step, lambda folder: (folder / "weights").write_text("w"), {})
+            print("run id", run._tracking.tracker.run.id, run.resume_from and run.resume_from.step)
+            run.save_checkpoint(step, lambda folder: (folder / "weights").write_text("w"), {})
             raise KeyError
     except KeyError:
         pass

@@ -1,0 +1,112 @@
+"""The base model that adapters were trained on."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.adapters.lineage import read_lineage
+from pipeline.config.errors import UserError
+from pipeline.data.tokenizer import ModelError, first_line, load_tokenizer
+from pipeline.models.loading import ATTN_IMPLEMENTATION, disable_dropout_, freeze, load_language_model
+from pipeline.models.multi_adapter import hash_weights
+
+
+class AdapterError(UserError):
+    """An adapter or base that cannot be used as asked; the message names it, the field, and how to mend it."""
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """A base model that adapters stand on: fp32, without dropout, without an adapter, frozen."""
+
+    path: str
+    task: str  # CAUSAL_LM or SEQ_CLS
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    head_parameters: frozenset[str]  # of a classifier: its adapters bring them; zero here, not in the fingerprint
+
+    def parameters(self) -> dict[str, Tensor]:
+        """By name, all but the classifier's head."""
+        return {name: x for name, x in self.model.state_dict().items() if name not in self.head_parameters}
+
+
+def find_base(folder: Path, config: Mapping[str, Any]) -> str:
+    """Where the base lies that the adapter was trained on: in its folder, or as lineage or config say; '' unknown."""
+    if (folder / "config.json").is_file():
+        return str(folder)
+    lineage = read_lineage(folder)
+    for path in ((folder / lineage["base"]["path"]) if lineage else None, config.get("base_model_name_or_path")):
+        if path and (Path(path) / "config.json").is_file():
+            return os.path.normpath(path)
+    return ""
+
+
+def read_base(path: str | Path, task: str, num_labels: int = 0) -> AdapterBase:
+    """The base model in a folder, without the adapter that may lie beside it; `num_labels`: outputs of a classifier.
+
+    Raises AdapterError for a quantised base, ModelError for a folder that does not hold a whole model.
+    """
+    with hide_adapter(Path(path)) as folder:
+        if folder.is_dir() and getattr(AutoConfig.from_pretrained(folder), "quantization_config", None):
+            raise AdapterError(
+                f"{path}: quantization_config: its weights are quantised, and a sum with them would be rounded again; "
+                "give the base in fp32 or bf16"
+            )
+        source = folder if folder.is_dir() else path
+        if task == "CAUSAL_LM":
+            model, head_parameters = load_language_model(source), frozenset[str]()
+        else:
+            model, head_parameters = load_classifier(source, num_labels)
+        tokenizer = load_tokenizer(source)
+    freeze(model)
+    for name in head_parameters:
+        model.get_parameter(name).data.zero_()  # transformers drew it at random
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in head_parameters}
+    return AdapterBase(str(path), task, model, tokenizer, hash_weights(weights), head_parameters)
+
+
+def load_classifier(path: str | Path, num_labels: int) -> tuple[PreTrainedModel, frozenset[str]]:
+    """A sequence classifier in fp32, and the parameters of its head, which its adapters bring.
+
+    A head that lies with the base was trained with one of its adapters (a reward stage's final/) and is in that too.
+    """
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            attn_implementation=ATTN_IMPLEMENTATION,
+            **({"num_labels": num_labels} if num_labels else {}),
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{path}: no model can be loaded from it: {first_line(error)}") from None
+    trunk = f"{model.base_model_prefix}."
+    missing = [name for name in info["missing_keys"] if name.startswith(trunk)]
+    if missing:
+        raise ModelError(f"{path}: not a whole model: missing {', '.join(sorted(missing)[:5])}")
+    return disable_dropout_(model), frozenset(name for name in model.state_dict() if not name.startswith(trunk))
+
+
+@contextlib.contextmanager
+def hide_adapter(folder: Path) -> Iterator[Path]:
+    """The folder as it would be without an adapter in it, which transformers would load unasked."""
+    if not (folder / CONFIG_NAME).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as view:
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.startswith("adapter_"):
+                (Path(view) / file.name).symlink_to(file.resolve())
+        yield Path(view)
