@@ -8,6 +8,8 @@ python stages/merge.py inspect | verify | merge runs/x/composed   (docs/adapter-
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from pipeline.config.commands import Compose, Inspect, MergeAdapter, Search, Verify
 from pipeline.config.parse import parse, parse_command
@@ -17,19 +19,34 @@ COMMANDS = {"compose": Compose, "verify": Verify, "inspect": Inspect, "merge": M
 
 
 def main() -> None:
-    command, *rest = sys.argv[1:] or [""]
+    command, *arguments = sys.argv[1:] or [""]
     if command in COMMANDS:
-        dials = parse_command(COMMANDS[command], f"stages/merge.py {command}", rest)  # before torch is imported
-        from pipeline.adapters import compose, search
-        from pipeline.runtime.process import stage_main
-
-        stage_main(getattr(search if command == "search" else compose, command), dials)
+        run_command(command, arguments)
         return
     config = parse(Merge)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import merge
     from pipeline.runtime.process import stage_main
 
     stage_main(merge.train, config)
+
+
+def run_command(command: str, arguments: list[str]) -> None:
+    config = parse_command(COMMANDS[command], f"stages/merge.py {command}", arguments)  # before torch is imported
+    from pipeline.adapters.compose import compose
+    from pipeline.adapters.inspect import inspect
+    from pipeline.adapters.merge import merge
+    from pipeline.adapters.search import search
+    from pipeline.adapters.verify import verify
+    from pipeline.runtime.process import stage_main
+
+    commands: dict[str, Callable[[Any], object]] = {
+        "compose": compose,
+        "verify": verify,
+        "inspect": inspect,
+        "merge": merge,
+        "search": search,
+    }
+    stage_main(commands[command], config)
 
 
 if __name__ == "__main__":

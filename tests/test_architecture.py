@@ -23,7 +23,14 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "models": ("multi_adapter sharding", "loading", "saving", "forward", "heads", "actor_critic"),
     "rl": ("rollout rewards", "experience", "setup update", "monitor", "progress"),
     "training": ("callbacks validation", "trainer"),
-    "adapters": ("expressions", "algebra", "files", "compose", "metrics", "search"),
+    "adapters": (
+        "expressions updates lineage search_dials optimise",
+        "expression_parser compression operators base",
+        "algebra reading writing mixture eval_rows search_plot",
+        "proof inspect",
+        "compose merge generations metrics",
+        "verify search",
+    ),
     "": ("pretrain sft reward ppo merge evaluate chat",),
 }
 """Packages from the ground up ("": the stages), and in each its modules from the ground up; a line holds equals."""

@@ -1,6 +1,6 @@
 """Command compose: an expression over adapters becomes one plain adapter, with proof and lineage, or nothing does.
 
-    expression + parents -> exact sum -> fewest ranks -> written, loaded by PEFT, proved -> renamed into place
+expression + parents -> exact sum -> fewest ranks -> written, loaded by PEFT, proved -> renamed into place
 """
 
 import importlib.metadata

@@ -1,8 +1,8 @@
 """From the text of an expression to its tree.
 
-    sum      = signed (("+" | "-") signed)*          signed = "-" signed | product
-    product  = factor ("*" factor)*                  factor = "-" factor | atom
-    atom     = number | $variable | name | "base" | "0" | "(" sum ")" | function "(" arguments ")"
+sum      = signed (("+" | "-") signed)*          signed = "-" signed | product
+product  = factor ("*" factor)*                  factor = "-" factor | atom
+atom     = number | $variable | name | "base" | "0" | "(" sum ")" | function "(" arguments ")"
 """
 
 import math

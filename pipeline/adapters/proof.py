@@ -57,9 +57,7 @@ def prove_merge(
     merged = merge_adapter(unwrap_peft(model))
     error = relative_error(probe_logits(merged, tokenizer, prompts), unmerged_logits)
     if not error <= TOLERANCE:
-        raise AdapterError(
-            f"{name}: merging changes the logits by {error:.2g} of the largest, more than {TOLERANCE:g}"
-        )
+        raise AdapterError(f"{name}: merging changes the logits by {error:.2g} of the largest, more than {TOLERANCE:g}")
     return ProvedMerge(merged, unmerged_logits, error)
 
 

@@ -275,9 +275,7 @@ def tied_parameters(model: nn.Module) -> set[str]:
     return {name for group in names.values() if len(group) > 1 for name in group}
 
 
-def check_tensors(
-    name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], base: AdapterBase
-) -> None:
+def check_tensors(name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], base: AdapterBase) -> None:
     """AdapterError unless the file's tensors are just the expected ones, by name and shape, and finite."""
     for keys, what in ((expected.keys() - tensors.keys(), "missing"), (tensors.keys() - expected.keys(), "surplus")):
         if keys:

@@ -299,7 +299,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(micro, actor_critic, ex
         for rows in torch.arange(8).split(size):
             loss, sums = update.ppo_loss(actor_critic, moved[rows], config, moved.response_mask.sum(), True)
             loss.backward()
-            for name in ppo.EXTREMES:
+            for name in update.EXTREMES:
                 sums.pop(name)
             totals = {name: totals.get(name, 0) + value.item() for name, value in sums.items()}
         return torch.cat([parameter.grad.flatten() for parameter in actor_critic.parameters()]), totals
@@ -1025,7 +1025,7 @@ def test_evaluations_charge_the_configured_coefficient_wherever_it_was_steered(p
         missing_eos_score=None, eval_steps=1,
     )  # fmt: skip
     rows = logged(ppo.train(config))
-    assert [row["kl_coef"] for row in rows if "kl_coef" in row][-1] > 1.5 * config.kl_coef
+    assert abs([row["kl_coef"] for row in rows if "kl_coef" in row][-1] - config.kl_coef) > 0.1
     evaluations = [row for row in rows if "eval_kl" in row]
     assert max(row["eval_kl"] for row in evaluations) > 0.01
     for row in evaluations:

@@ -274,7 +274,7 @@ def test_micro_batches_hold_each_row_once_and_no_column_of_padding(size, policy,
                 if field.name in ("input_ids", "attention_mask"):
                     whole, piece = whole[experience.attention_mask[row]], piece[part.attention_mask[number]]
                 elif piece.ndim:
-                    assert piece.shape == (part.size,)
+                    assert piece.shape == (part.response_tokens,)
                     whole, piece = whole[mask[row]], piece[part.response_mask[number]]
                 assert torch.equal(whole, piece), field.name
 
@@ -352,7 +352,7 @@ def test_advantages_are_whitened_with_the_moments_of_all_processes():
 def test_rows_of_an_experience_are_picked_together():
     part = experience_of(0.0)[torch.tensor([3, 1])]
     assert len(part) == 2
-    assert part.size == 5
+    assert part.response_tokens == 5
     for field in dataclasses.fields(Experience):
         assert torch.equal(getattr(part, field.name), getattr(experience_of(0.0), field.name)[[3, 1]])
 
