@@ -14,7 +14,7 @@ from pipeline.models.loading import Policy, check_model, freeze, load_language_m
 from pipeline.rl.rollout import generate
 from pipeline.runtime.console import console, silence_libraries
 from pipeline.runtime.process import processes
-from pipeline.runtime.stage_run import read_done
+from pipeline.runtime.finished import read_done
 
 HELP = """Every policy answers from the same noise and remembers what was said. /new starts over, an empty line ends."""
 

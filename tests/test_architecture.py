@@ -14,8 +14,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "runtime": (
         "hashing internals process",
         "console precision watchdog",
-        "launch tracking",
-        "checkpoints",
+        "launch tracking progress finished",
+        "checkpoints provenance",
         "stage_run",
     ),
     "data": ("imdb sources tokenizer", "formats", "tokenize", "prompts"),

@@ -97,34 +97,13 @@ def logits_without(logits: Tensor, token_ids: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(token_ids, dtype=torch.long, device=logits.device), -torch.inf)
 
 
-def _log_p(logits: Tensor, temperature: float) -> Tensor:
-    """Returns float32 log softmax(logits / temperature); bfloat16 would leave errors of e^.0125 in a ratio."""
-    return (logits.float() / temperature).log_softmax(dim=-1)
-
-
-def gather_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Returns log pi(token) in float32 (B, T) under softmax(logits / temperature).
-
-    logits (B, T, V), tokens (B, T) long: row t of logits predicts token t (callers shift). The log-probability of
-    a token whose logit is -inf is -inf.
-    """
-    return _log_p(logits, temperature).gather(-1, tokens[..., None]).squeeze(-1)
-
-
-def entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Returns H = -sum_v p_v log p_v in nats, float32 (B, T), of p = softmax(logits / temperature); logits (B, T, V).
-
-    A logit of -inf contributes 0 to the value and to the gradient, the limit of p log p.
-    """
-    return _entropy(_log_p(logits, temperature))
-
-
 def logprobs_and_entropy(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns `gather_logprobs` and `entropy` (each (B, T) float32) from one normalisation of logits (B, T, V)."""
-    log_p = _log_p(logits, temperature)
-    return log_p.gather(-1, tokens[..., None]).squeeze(-1), _entropy(log_p)
+    """Returns log pi(token) and H = -sum_v p_v log p_v in nats, each (B, T) float32.
 
-
-def _entropy(log_p: Tensor) -> Tensor:
-    """Returns -sum p log p over the last axis of log_p, where log_p may be -inf."""
-    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(dim=-1)
+    p = softmax(logits / temperature); logits (B, T, V), tokens (B, T) long: row t of logits predicts token t (callers
+    shift). A token whose logit is -inf has log-probability -inf, and contributes 0 to the entropy and its gradient, the limit of p log p. Computed in
+    float32: bfloat16 would leave errors of e^.0125 in a ratio.
+    """
+    log_p = (logits.float() / temperature).log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(dim=-1)
+    return log_p.gather(-1, tokens[..., None]).squeeze(-1), entropy

@@ -1,21 +1,18 @@
-"""What a stage leaves on disk, and how it gets there whole.
+"""One run of a stage: what it leaves on disk, and that its output appears whole or not at all.
 
     runs/<recipe>/<stage>/
         config.yaml     every dial as it was resolved
         run.json        versions, revision, parents, data fingerprints, final metrics
         metrics.jsonl   one line per logged step            samples.jsonl   texts, one line each
-        final/          written beside its place, listed in DONE.json, renamed whole
+        final/          written to final.partial, listed in DONE.json, then renamed
 
-A stage is finished when `final/DONE.json` is there, and nothing reads an unfinished one. DONE.json fingerprints the
+A stage is finished when `final/DONE.json` is there, and nothing reads an unfinished one. DONE.json holds hashes of the
 config, the data, the parents and every file: a stage made from other inputs is recognised and never silently reused.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 import uuid
@@ -25,54 +22,28 @@ from typing import Any
 
 import yaml
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import HfApi
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pipeline.config.errors import UserError
 from pipeline.config.parse import flat, identity
 from pipeline.runtime import checkpoints
 from pipeline.runtime.checkpoints import Checkpoint
-from pipeline.runtime.console import console, print_main
-from pipeline.runtime.hashing import file_manifest, first_changed_file, fsync_folder, hash_folder, hash_value
+from pipeline.runtime.console import print_main
+from pipeline.runtime.finished import StageError, read_done
+from pipeline.runtime.hashing import file_manifest, fsync_folder, hash_value
 from pipeline.runtime.internals import reset_accelerator_state
 from pipeline.runtime.launch import check_deepspeed, new_accelerator, parallel_strategy, uses_deepspeed
 from pipeline.runtime.precision import resolve_precision
 from pipeline.runtime.process import is_main, processes
+from pipeline.runtime.progress import new_progress
+from pipeline.runtime.provenance import describe_parent, first_difference, git_revision, machine, package_versions
 from pipeline.runtime.tracking import Tracking
 from pipeline.runtime.watchdog import Heartbeat, check_same_inputs
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-LEAST_DISK = 50 * 2**20  # bytes; logs and samples want some as well
-
-
-class StageError(UserError):
-    """A stage that cannot start or finish; the message says why and how to mend it."""
-
-
-def read_done(final: Path) -> dict[str, Any]:
-    """DONE.json of a finished stage output; a StageError names the stage to run where there is none."""
-    if not (final / "DONE.json").is_file():
-        what = "not finished (no DONE.json there)" if final.exists() else "not there"
-        stage = final.parent.name
-        how = (
-            f"run {stage} first, for example `make {stage}`" if final.name == "final" else "a stage's final/ is needed"
-        )
-        raise StageError(f"{final}: {what}: {how}")
-    return json.loads((final / "DONE.json").read_text(encoding="utf-8"))
-
-
-def verify_files(final: Path) -> dict[str, Any]:
-    """DONE.json after every file listed in it was found with its size and sha256; else a StageError names the file."""
-    done = read_done(final)
-    if other := first_changed_file(final, done["files"]):
-        raise StageError(
-            f"{final / other}: missing or not as it was written (sha256 differs): run {done['stage']} again"
-        )
-    return done
+LEAST_DISK = 50 * 2**20  # bytes, for logs and samples
 
 
 class StageRun:
-    """One run of one stage: its folder, log, progress bar, and its `final/`, which appears whole or not at all."""
+    """One run of one stage: its folder, logs and progress, and its `final/`, which appears whole or not at all."""
 
     def __init__(
         self,
@@ -83,17 +54,17 @@ class StageRun:
         functions: Mapping[str, str] | None = None,
     ) -> None:
         """`data`: each source and its hash (`data.sources.hash_sources`); `functions`: by role, the names of functions
-        that were given in place of what the dials say."""
+        that replace what the dials say. StageError for a parent that is not there, UserError for a wrong launch."""
         self.stage, self.config, self.functions = stage, config, dict(functions or {})
         self.folder = config.run.folder(stage)
         self.final = self.folder / "final"
         self.dials = flat(config)
-        self.parents = {name: _describe_parent(path, self.final) for name, path in parents.items()}
+        self.parents = {name: describe_parent(path, self.final) for name, path in parents.items()}
         self.data = dict(data)
         self.data_hashes = [content for _, content in data]
         self.started = time.monotonic()
-        reset_accelerator_state()  # of a stage before this one in the same process
-        accelerator = new_accelerator(config.run.precision)  # a launch that is not what it seems: no work is begun
+        reset_accelerator_state()  # of an earlier stage in this process
+        accelerator = new_accelerator(config.run.precision)  # refuses a wrong launch before any work
         if uses_deepspeed(accelerator):
             check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
         check_same_inputs(
@@ -105,17 +76,17 @@ class StageRun:
         self.resume_from: Checkpoint | None = None  # known once the stage is entered
         self.heartbeat = Heartbeat(stage, self.folder / ".processes", config.run.patience)
         self._tracking: Tracking | None = None
-        self._progress: Progress | None = None
+        self._progress = new_progress(stage)
 
     @property
     def launch(self) -> dict[str, Any]:
-        """How it is computed, which decides no more than the rounding."""
+        """Strategy, processes and precision: they change a result by rounding alone."""
         precision = resolve_precision(self.config.run.precision)
         return {"strategy": parallel_strategy(), "processes": processes().num_processes, "precision": precision}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result: dials, data and parents (by content and role, wherever they lie)."""
+        """What decides the result: stage, dials, data and parents; the last two by content, not by path."""
         return {
             "stage": self.stage,
             "dials": identity(self.config) | self.functions,
@@ -124,7 +95,7 @@ class StageRun:
         }
 
     def is_finished(self) -> bool:
-        """True if `final/` was made from exactly these inputs; made from others it is an error, never overwritten."""
+        """True if `final/` was made from exactly these inputs; made from others it is a StageError, never overwritten."""
         if not (self.final / "DONE.json").is_file():
             if self.final.exists():
                 raise StageError(
@@ -136,14 +107,14 @@ class StageRun:
             print_main(f"{self.stage}: finished already, skipped ({self.final})")
             return True
         raise StageError(
-            f"{self.final} was made from other inputs ({_first_difference(old, self.identity)}). "
+            f"{self.final} was made from other inputs ({first_difference(old, self.identity)}). "
             f"Nothing was changed: move {self.folder} away to make it anew, or give --runs another folder"
         )
 
     def __enter__(self) -> "StageRun":
-        found: list[Checkpoint | None] = [checkpoints.newest_checkpoint(self.checkpoints) if is_main() else None]
-        broadcast_object_list(found)
-        self.resume_from = self._same_run(found[0])
+        newest: list[Checkpoint | None] = [checkpoints.newest_checkpoint(self.checkpoints) if is_main() else None]
+        broadcast_object_list(newest)
+        self.resume_from = self._matching_checkpoint(newest[0])
         self.number = self.resume_from.facts["number"] if self.resume_from else uuid.uuid4().hex[:8]
         if is_main():
             self._check_disk()
@@ -151,8 +122,10 @@ class StageRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(self.dials, sort_keys=False), encoding="utf-8")
             self._write_run_json({})
-            run, known = self.config.run, (self.folder, self.dials, self.number)
-            self._tracking = Tracking(run.report_to, self.stage, run.recipe, run.seed, *known)
+            run = self.config.run
+            self._tracking = Tracking(
+                run.report_to, self.stage, run.recipe, run.seed, self.folder, self.dials, self.number
+            )
         processes().wait_for_everyone()
         self.heartbeat.start()
         print_main(f"{self.stage}: {self.folder} ({self.launch['precision']})")
@@ -162,15 +135,15 @@ class StageRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self.heartbeat.stop(error)
-        self.close_progress()
+        self._progress.close(finished=False)
         if self._tracking is not None:
             self._tracking.close(failed=kind is not None)
 
     def _check_disk(self) -> None:
         """StageError when the disk has no room for two models like the parents': found now, not at the end."""
         needed = max([LEAST_DISK, *(2 * parent["bytes"] for parent in self.parents.values())])
-        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
-        free = shutil.disk_usage(there).free
+        folder = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise StageError(
                 f"{self.folder}: the disk has {free / 2**20:,.0f} MiB free, {self.stage} needs about "
@@ -178,64 +151,65 @@ class StageRun:
             )
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
-        """What a later run of the same inputs goes on from: what all processes `write`, and a JSON `state`."""
+        """Saves what a later run of the same inputs resumes from: what all processes `write`, and a JSON `state`."""
         self.heartbeat.enter(f"checkpoint {step}")
         logs = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
         facts = {"identity": self.identity, "launch": self.launch, "logs": logs, "number": self.number, "state": state}
         checkpoints.save_checkpoint(self.checkpoints, step, write, facts)
 
-    def _same_run(self, found: Checkpoint | None) -> Checkpoint | None:
-        """The checkpoint, if this run is the one it was made by; StageError if only the launch is another.
+    def _matching_checkpoint(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        """The checkpoint if it was made from this run's inputs, else None; StageError if only the launch differs.
 
-        DDP's is everyone's; where each process keeps pieces of its own, as many must come back.
+        A checkpoint made under DDP is whole and may be resumed on any number of processes. The other strategies leave
+        one piece per process, so their number must be the same.
         """
-        if found is None:
+        if checkpoint is None:
             return None
-        if found.facts["identity"] != self.identity:
-            difference = _first_difference(found.facts["identity"], self.identity)
-            print_main(f"{found.folder}: of another run ({difference}): set aside")
+        if checkpoint.facts["identity"] != self.identity:
+            difference = first_difference(checkpoint.facts["identity"], self.identity)
+            print_main(f"{checkpoint.folder}: of another run ({difference}): set aside")
             return None
-        old, new = found.facts["launch"], self.launch
+        old, new = checkpoint.facts["launch"], self.launch
         if old["precision"] != new["precision"]:
             raise StageError(
-                f"{found.folder} was made in {old['precision']}, which --precision {self.config.run.precision} is not "
-                f"on this machine: go on where it was made, or move {self.checkpoints} away to start again"
+                f"{checkpoint.folder} was made in {old['precision']}, which --precision {self.config.run.precision} is "
+                f"not on this machine: go on where it was made, or move {self.checkpoints} away to start again"
             )
         if old["strategy"] != new["strategy"] or (old != new and old["strategy"] != "DDP"):
             file = f"configs/accelerate/{old['strategy'].lower().replace('-', '')}.yaml"
             raise StageError(
-                f"{found.folder} was made under {old['strategy']} on {old['processes']} processes, this launch is "
+                f"{checkpoint.folder} was made under {old['strategy']} on {old['processes']} processes, this launch is "
                 f"{new['strategy']} on {new['processes']}: go on with `accelerate launch --config_file {file} "
                 f"--num_processes {old['processes']} stages/{self.stage}.py …`, or move {self.checkpoints} away to "
                 "start again"
             )
-        return found
+        return checkpoint
 
-    def _truncate_logs(self, found: Checkpoint) -> None:
-        """Cuts the logs back to where the checkpoint was made: what came after it comes again."""
+    def _truncate_logs(self, checkpoint: Checkpoint) -> None:
+        """Cuts the logs back to their length at the checkpoint: the steps after it are logged again."""
         for name in LOGS:
             if (self.folder / name).exists():
-                os.truncate(self.folder / name, found.facts["logs"].get(name, 0))
+                os.truncate(self.folder / name, checkpoint.facts["logs"].get(name, 0))
 
     def _archive_unfinished(self) -> None:
         """Logs of an earlier attempt that did not finish are kept under attempts/."""
-        left = [path for path in self.folder.glob("*") if path.name != "attempts"]
-        if left:
-            aside = self.folder / "attempts" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-            aside.mkdir(parents=True)
-            for path in left:
-                path.rename(aside / path.name)
+        paths = [path for path in self.folder.glob("*") if path.name != "attempts"]
+        if paths:
+            archive = self.folder / "attempts" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+            archive.mkdir(parents=True)
+            for path in paths:
+                path.rename(archive / path.name)
 
     def _write_run_json(self, metrics: Mapping[str, Any]) -> None:
         content = {
             **self.identity,
             "parents": self.parents,
             "data": self.data,
-            "versions": _versions(),
-            "revision": _git_revision(),
+            "versions": package_versions(),
+            "revision": git_revision(),
             "command": sys.argv,
             **self.launch,
-            "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
+            "machine": machine(),
             "seconds": round(time.monotonic() - self.started, 1),
             "metrics": metrics,
         }
@@ -254,47 +228,26 @@ class StageRun:
             for row in rows:
                 self._append("samples.jsonl", row)
             if self._tracking is not None:
-                self._tracking.table(rows[:20], step)
+                self._tracking.log_table(rows[:20], step)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def show_progress(self, total: int, done: int, **shown: str) -> None:
-        """Draws the stage's one progress bar with its time left and the two or three numbers that matter."""
-        if not is_main():
-            return
-        if self._progress is None:
-            columns: list[ProgressColumn] = [
-                TextColumn("{task.description}"),
-                BarColumn(24),
-                TextColumn("{task.completed}/{task.total}"),
-            ]
-            columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), _Numbers()]
-            self._progress = Progress(*columns, console=console)
-            self._progress.start()
-            self._progress.add_task(self.stage, total=total, numbers="")
-        numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-        self._progress.update(self._progress.task_ids[0], completed=done, numbers=numbers)
-
-    def close_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    def show_progress(self, total: int, done: int, **values: str) -> None:
+        """Shows steps done and in all, the time left, and the two or three numbers that matter."""
+        self._progress.show(done, total, values)
 
     def finish(self, write: Callable[[Path], None], metrics: Mapping[str, Any]) -> Path:
         """Lets `write` fill a folder beside `final/`, lists it in DONE.json and renames it into place.
 
         Only the main process writes: every process holds the same whole weights.
         """
-        if self._progress is not None:
-            task = self._progress.tasks[0]
-            self._progress.update(task.id, completed=task.total)  # log lines may have stopped short of the last step
-        self.close_progress()
+        self._progress.close(finished=True)
         state = processes()
         temporary = self.folder / "final.partial"
         if state.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that this one goes on from
+            shutil.rmtree(temporary, ignore_errors=True)  # left by an earlier attempt
             temporary.mkdir()
             write(temporary)
             self._write_run_json(metrics)
@@ -317,70 +270,7 @@ class StageRun:
             fsync_folder(self.final.parent)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             if self._tracking is not None:
-                self._tracking.finished(metrics, self.final, str(done["fingerprint"]), self.parents)
+                self._tracking.log_model(metrics, self.final, str(done["fingerprint"]), self.parents)
         state.wait_for_everyone()
         print_main(f"{self.stage}: done in {time.monotonic() - self.started:.0f} s -> {self.final}")
         return self.final
-
-
-class _Numbers(ProgressColumn):
-    def render(self, task: Task) -> Any:
-        return task.fields["numbers"]
-
-
-def _describe_parent(path: Path, own: Path) -> dict[str, Any]:
-    """A parent's fingerprint, and where it lies: relative to this stage's final/, so that runs/ may move.
-
-    A stage's output, or any model: a directory with a config.json, or the name of one on the hub.
-    """
-    is_stage = (path / "DONE.json").is_file() or path.name == "final"
-    if not is_stage and (path / "config.json").is_file():
-        fingerprint = hash_folder(path)
-    elif not is_stage and not path.exists() and len(path.parts) == 2 and not path.is_absolute():
-        return {"path": str(path), "place": str(path), "fingerprint": _hub_commit(str(path)), "bytes": 0}
-    else:
-        fingerprint = read_done(path)["fingerprint"]
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    path_from_here = os.path.relpath(path.resolve(), own.resolve())
-    return {"path": path_from_here, "place": str(path), "fingerprint": fingerprint, "bytes": size}
-
-
-def _hub_commit(model: str) -> str:
-    try:
-        return str(HfApi().model_info(model).sha)
-    except (OSError, ValueError) as error:  # a network that is off, an answer that is no, a name that cannot be one
-        raise StageError(
-            f"{model}: no such folder, and the hub does not give a model of that name ({type(error).__name__}); give a "
-            "stage's final/, a model's folder, or a hub name with the network on"
-        ) from None
-
-
-def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    for name in sorted({*old["dials"], *new["dials"]}):
-        was, now = old["dials"].get(name, "absent"), new["dials"].get(name, "absent")
-        if was != now:
-            return f"{name}: {was} then, {now} now"
-    for name in sorted({*old["parents"], *new["parents"]}):
-        if name not in new["parents"] or name not in old["parents"]:
-            return f"its parent {name}: {'used' if name in old['parents'] else 'absent'} then, not so now"
-        if old["parents"][name] != new["parents"][name]:
-            return f"its parent {name} was made anew since"
-    return "its data files differ"
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "wandb", "tokenizers")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
-def _git_revision() -> str:
-    """HEAD of the repository this code lies in, with '+' when it has uncommitted changes; '' outside git."""
-    git = shutil.which("git")
-    if git is None:
-        return ""
-    here = Path(__file__).parent
-    head = subprocess.run([git, "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    dirty = subprocess.run(
-        [git, "-C", here, "--no-optional-locks", "status", "--porcelain"], capture_output=True, text=True, check=False
-    )
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""

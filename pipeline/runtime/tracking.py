@@ -1,8 +1,8 @@
-"""Where people watch a run: wandb, TensorBoard or trackio, through Accelerate's trackers. A run's result needs none.
+"""Logging to wandb, TensorBoard or trackio through Accelerate's trackers. No result depends on it.
 
 Names are the same everywhere: metrics are `<stage>/<name>` (the README's glossary), sample tables `<stage>/samples`. In
 wandb the group is the recipe, the job type the stage, and each `final/` is a model artifact `<recipe>-<stage>`, by
-reference: its files are fingerprinted, neither copied nor uploaded. Its metadata names the artifacts it was made from.
+reference: its files are hashed, neither copied nor uploaded. Its metadata names the artifacts it was made from.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ class Tracking:
     def __init__(
         self, report_to: str, stage: str, recipe: str, seed: int, folder: Path, dials: Mapping[str, Any], number: str
     ) -> None:
-        """`number` is a run's own; a run that goes on has the number it had, and the tracker goes on with it."""
+        """`number` identifies the run; a stage that resumes has the same one, so the tracker appends to its run."""
         self.stage, self.recipe = stage, recipe
         self.tracker: GeneralTracker | None = None
         if report_to == "none":
@@ -39,8 +39,10 @@ class Tracking:
         name = f"{recipe}-{stage}-seed{seed}-{number}"
         project = os.environ.get("WANDB_PROJECT", "rlhf-pipeline")
         if report_to == "wandb":
-            known = {"id": re.sub(r"[^\w.-]", "-", name), "resume": "allow"}
-            self.tracker = start_wandb(project, group=recipe, job_type=stage, name=name, dir=str(folder), **known)
+            run_id = re.sub(r"[^\w.-]", "-", name)
+            self.tracker = start_wandb(
+                project, group=recipe, job_type=stage, name=name, dir=str(folder), id=run_id, resume="allow"
+            )
         elif report_to == "tensorboard":
             self.tracker = TensorBoardTracker("tensorboard", logging_dir=folder)
             self.tracker.start()
@@ -54,8 +56,8 @@ class Tracking:
         if self.tracker is not None:
             self.tracker.log({f"{self.stage}/{name}": value for name, value in metrics.items()}, step=step)
 
-    def table(self, rows: Sequence[Mapping[str, Any]], step: int | None) -> None:
-        """The rows as a table `<stage>/samples`, which keeps every step's."""
+    def log_table(self, rows: Sequence[Mapping[str, Any]], step: int | None) -> None:
+        """Logs the rows as a table `<stage>/samples`; the tracker keeps the tables of all steps."""
         name = f"{self.stage}/samples"
         if self.tracker is None or not rows:
             return
@@ -79,10 +81,10 @@ class Tracking:
 
             self.tracker.log({name: trackio.Table(dataframe=pandas.DataFrame(cells, columns=columns))}, step=step)
 
-    def finished(
+    def log_model(
         self, metrics: Mapping[str, Any], final: Path, fingerprint: str, parents: Mapping[str, Mapping]
     ) -> None:
-        """To wandb: the last figures as the run's summary, and `final` as a model artifact that names its parents."""
+        """In wandb: the metrics become the run's summary, and `final` a model artifact that names its parents."""
         if not isinstance(self.tracker, WandBTracker):
             return
         import wandb
@@ -113,22 +115,22 @@ class Tracking:
 
 
 def artifact_name(parent: Mapping[str, Any]) -> str:
-    """<recipe>-<stage> of a stage's final/ at <runs>/<recipe>/<stage>/final; else the model's own name."""
+    """`<recipe>-<stage>` of a parent at <runs>/<recipe>/<stage>/final; of another one the last two parts of its path."""
     parts = Path(parent["place"]).parts
     return "-".join(parts[-3:-1]) if parts[-1:] == ("final",) and len(parts) > 2 else "-".join(parts[-2:])
 
 
-def start_wandb(project: str, **where: Any) -> WandBTracker:
-    """A wandb run; offline by itself when there is no key or no answer. It never asks for a key."""
+def start_wandb(project: str, **settings: Any) -> WandBTracker:
+    """A started wandb run; offline where there is no key, or the server does not answer. Never asks for a key."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     try:
         has_key = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
-        tracker = WandBTracker(project, mode=None if has_key else "offline", **where)
+        tracker = WandBTracker(project, mode=None if has_key else "offline", **settings)
         tracker.start()
-    except wandb.errors.Error as error:  # no network, no answer, a key that is not taken
+    except wandb.errors.Error as error:  # no network, no answer, a rejected key
         print_main(f"wandb: warning: logged offline, since {' '.join(str(error).split())[:120]}")
-        tracker = WandBTracker(project, mode="offline", **where)
+        tracker = WandBTracker(project, mode="offline", **settings)
         tracker.start()
     return tracker

@@ -21,7 +21,7 @@ from ranks import FIXED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline.runtime.stage_run import verify_files
+from pipeline.runtime.finished import verify_files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BACKENDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

@@ -18,7 +18,7 @@ from pipeline.data.tokenize import TRANSCRIPT, decode, prompt_ids
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.loading import load_language_model
 from pipeline.rl.rollout import generate
-from pipeline.runtime.stage_run import read_done
+from pipeline.runtime.finished import read_done
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 THINGS = ("cat", "dog", "sea", "hat", "tea", "cake", "mat", "sun")

@@ -22,7 +22,7 @@ from pipeline import evaluate, merge, ppo, pretrain, reward, sft
 from pipeline.config.parse import Config, flat, parse
 from pipeline.config.stages import PPO, SFT
 from pipeline.runtime.process import stage_main
-from pipeline.runtime.stage_run import read_done, verify_files
+from pipeline.runtime.finished import read_done, verify_files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "merge": merge, "evaluate": evaluate}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core.losses import next_token_loss, policy_loss, value_loss
-from pipeline.core.tensors import gather_logprobs, masked_mean, response_mask
+from pipeline.core.tensors import logprobs_and_entropy, masked_mean, response_mask
 
 NAN, INF = math.nan, math.inf
 
@@ -170,7 +170,7 @@ def test_equal_policies_have_ratio_one_exactly():
 
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     logits = torch.tensor([[[1.0, 2.0, 1.0, 1.0]]], requires_grad=True)
-    logprobs = gather_logprobs(logits, torch.tensor([[1]]), 1.0)
+    logprobs = logprobs_and_entropy(logits, torch.tensor([[1]]), 1.0)[0]
     loss, _ = policy_loss(logprobs, logprobs.detach(), torch.ones(1, 1), torch.ones(1, 1).bool(), 0.2)
     loss.sum().backward()
     close(logits.grad[0, 0], [0.174878, -0.524633, 0.174878, 0.174878])

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core.tensors import (
-    entropy,
-    gather_logprobs,
     logits_without,
     logprobs_and_entropy,
     masked_mean,
@@ -29,6 +27,10 @@ NAN, INF = math.nan, math.inf
 
 def close(actual: Tensor, expected: object, atol: float = 1e-6) -> None:
     torch.testing.assert_close(actual.double(), torch.as_tensor(expected, dtype=torch.float64), atol=atol, rtol=0)
+
+
+def entropy(logits: Tensor, temperature: float) -> Tensor:
+    return logprobs_and_entropy(logits, torch.zeros(logits.shape[:-1], dtype=torch.long), temperature)[1]
 
 
 def on_processes(function: Callable, shards: list[tuple]) -> list:
@@ -131,12 +133,12 @@ THREE = torch.tensor([[2.0, 1.0, 0.0]])
 )
 def test_the_temperature_divides_the_logits(temperature, p, h):
     logits, tokens = THREE.expand(1, 3, 3), torch.tensor([[0, 1, 2]])
-    logprobs = gather_logprobs(logits, tokens, temperature)
+    logprobs = logprobs_and_entropy(logits, tokens, temperature)[0]
     close(logprobs.exp()[0], p)
     close(entropy(logits, temperature)[0], [h] * 3)
     if temperature == 0.7:
         close(logprobs[0, [0, 2]], [-0.260118, -3.117261])
-        close((gather_logprobs(logits, tokens, 1.0) - logprobs).exp()[0], [0.8629, 1.3246, 2.0333], atol=5e-5)
+        close((logprobs_and_entropy(logits, tokens, 1.0)[0] - logprobs).exp()[0], [0.8629, 1.3246, 2.0333], atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -158,18 +160,15 @@ def crooked_logits(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 def test_logprobs_and_entropy_equal_a_categorical_in_float64_whatever_the_logits_type(dtype):
     logits, tokens = crooked_logits(dtype)
     oracle = torch.distributions.Categorical(logits=logits.double() / 0.7)
-    for logprobs, h in (
-        (gather_logprobs(logits, tokens, 0.7), entropy(logits, 0.7)),
-        logprobs_and_entropy(logits, tokens, 0.7),
-    ):
-        assert logprobs.dtype == h.dtype == torch.float32
-        close(logprobs, oracle.log_prob(tokens), atol=1e-5)
-        close(h, oracle.entropy(), atol=1e-5)
+    logprobs, h = logprobs_and_entropy(logits, tokens, 0.7)
+    assert logprobs.dtype == h.dtype == torch.float32
+    close(logprobs, oracle.log_prob(tokens), atol=1e-5)
+    close(h, oracle.entropy(), atol=1e-5)
 
 
 def test_logprobs_are_never_rounded_after_the_gather():
     logits = torch.tensor([[[2510.26788, 0.0]]])
-    close(gather_logprobs(logits, torch.tensor([[1]]), 1.0), [[-2510.26788]], atol=5e-4)
+    close(logprobs_and_entropy(logits, torch.tensor([[1]]), 1.0)[0], [[-2510.26788]], atol=5e-4)
 
 
 def test_a_forbidden_token_leaves_the_distribution_of_the_others():
@@ -181,7 +180,7 @@ def test_a_forbidden_token_leaves_the_distribution_of_the_others():
     assert banned[..., 9:].eq(-INF).all()
     assert full[..., 9:].isfinite().all()
     for a, b in (
-        (gather_logprobs(banned, tokens, 0.7), gather_logprobs(part, tokens, 0.7)),
+        (logprobs_and_entropy(banned, tokens, 0.7)[0], logprobs_and_entropy(part, tokens, 0.7)[0]),
         (entropy(banned, 0.7), entropy(part, 0.7)),
         (torch.stack(logprobs_and_entropy(banned, tokens, 0.7)), torch.stack(logprobs_and_entropy(part, tokens, 0.7))),
     ):
@@ -208,7 +207,7 @@ def test_the_logprob_of_a_forbidden_token_is_minus_infinity_and_harmless_under_a
 def test_the_gradient_of_a_logprob_is_one_hot_minus_p():
     logits, tokens = crooked_logits()
     logits.requires_grad_()
-    gather_logprobs(logits, tokens, 0.7).sum().backward()
+    logprobs_and_entropy(logits, tokens, 0.7)[0].sum().backward()
     p = (logits.detach().double() / 0.7).softmax(-1)
     close(logits.grad, (F.one_hot(tokens, 11) - p) / 0.7, atol=1e-5)
 

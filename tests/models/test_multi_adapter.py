@@ -37,7 +37,7 @@ from pipeline.models.saving import save_policy
 from pipeline.rl import progress, setup
 from pipeline.rl.rewards import adapter_reward_scores, reward_model_scores
 from pipeline.rl.rollout import generate
-from pipeline.runtime.stage_run import read_done
+from pipeline.runtime.finished import read_done
 
 PAD = 0
 KINDS = ("gpt2", "llama")

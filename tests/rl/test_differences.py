@@ -12,7 +12,14 @@ import torch
 
 from pipeline.core.advantages import gae, kl_k1, kl_k3, next_kl_coef, replace_missing_eos, token_rewards
 from pipeline.core.losses import policy_loss
-from pipeline.core.tensors import gather_logprobs, masked_mean, position_ids, response_length, response_mask, whiten
+from pipeline.core.tensors import (
+    logprobs_and_entropy,
+    masked_mean,
+    position_ids,
+    response_length,
+    response_mask,
+    whiten,
+)
 from pipeline.models.loading import disable_dropout_
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/ppo-differences.md").read_text(encoding="utf-8")
@@ -191,9 +198,9 @@ def test_without_position_ids_left_padding_changes_a_gpt2(make_model):
 def test_scores_at_another_temperature_are_no_ratio_of_one():
     logits = torch.tensor([2.0, 1.0, 0.0]).expand(1, 3, 3)
     tokens = torch.arange(3)[None]
-    old = gather_logprobs(logits, tokens, 0.7)
-    close((gather_logprobs(logits, tokens, 0.7) - old).exp(), [[1.0, 1.0, 1.0]])
-    close((gather_logprobs(logits, tokens, 1.0) - old).exp(), [[0.8629, 1.3246, 2.0333]], 5e-5)
+    old = logprobs_and_entropy(logits, tokens, 0.7)[0]
+    close((logprobs_and_entropy(logits, tokens, 0.7)[0] - old).exp(), [[1.0, 1.0, 1.0]])
+    close((logprobs_and_entropy(logits, tokens, 1.0)[0] - old).exp(), [[0.8629, 1.3246, 2.0333]], 5e-5)
     shown("0.86, 1.32, 2.03")
 
 

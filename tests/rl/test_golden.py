@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.core.advantages import explained_variance, gae, kl_k1, replace_missing_eos, token_rewards
 from pipeline.core.losses import policy_loss, value_loss
 from pipeline.core.tensors import (
-    gather_logprobs,
+    logprobs_and_entropy,
     masked_mean,
     masked_moments,
     masked_sum,
@@ -131,7 +131,7 @@ def test_the_expected_gradient_is_exact_on_an_enumerable_problem(kl_coef, temper
     state = torch.stack([torch.zeros(7, dtype=torch.long), 1 + response[:, 0]], dim=1)
 
     def logprobs_under(table: Tensor) -> Tensor:
-        return gather_logprobs(table[state], response, temperature)
+        return logprobs_and_entropy(table[state], response, temperature)[0]
 
     # the objective, written with probabilities alone
     log_p = (theta.double() / temperature).log_softmax(-1)
@@ -176,12 +176,12 @@ def test_ppo_reaches_the_known_optimum_of_a_bandit():
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - u / rollouts)
         with torch.no_grad():
             tokens = torch.multinomial(logits.softmax(0), 256, replacement=True, generator=g)[:, None]
-            old = gather_logprobs(logits.expand(256, 1, 3), tokens, 1.0)
+            old = logprobs_and_entropy(logits.expand(256, 1, 3), tokens, 1.0)[0]
             old_values = value.expand(256, 1).clone()
             rewards = token_rewards(scores[tokens[:, 0]], kl_k1(old, ref), mask, kl_coef)
             advantages = gae(rewards, old_values, mask, 1.0, 0.95)
         for _ in range(2):
-            logprobs = gather_logprobs(logits.expand(256, 1, 3), tokens, 1.0)
+            logprobs = logprobs_and_entropy(logits.expand(256, 1, 3), tokens, 1.0)[0]
             pg, _ = policy_loss(logprobs, old, advantages, mask, CLIP)
             vf, _ = value_loss(value.expand(256, 1), old_values, advantages + old_values, mask, CLIP)
             optimizer.zero_grad()

@@ -29,7 +29,7 @@ from pipeline.models.loading import freeze, load_language_model, wrap_with_adapt
 from pipeline.rl import monitor, progress, setup, update
 from pipeline.rl.rewards import reward_model_scores
 from pipeline.rl.rollout import generate
-from pipeline.runtime.stage_run import read_done
+from pipeline.runtime.finished import read_done
 
 PAD, BOS, EOS = 0, 1, 2
 PROMPTS = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate", "he"]

@@ -9,7 +9,7 @@ from ranks import STAGES, changed, configs, cut_off
 
 from pipeline.runtime import checkpoints
 from pipeline.runtime.hashing import file_manifest
-from pipeline.runtime.stage_run import StageError
+from pipeline.runtime.finished import StageError
 
 NAMES = ("pretrain", "sft", "sft_lora", "reward", "ppo", "ppo_full")
 

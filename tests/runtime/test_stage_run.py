@@ -16,7 +16,8 @@ from pipeline.config.parse import parse
 from pipeline.config.stages import SFT
 from pipeline.data.sources import DataError, hash_sources
 from pipeline.runtime.hashing import hash_value
-from pipeline.runtime.stage_run import StageError, StageRun, read_done, verify_files
+from pipeline.runtime.finished import StageError, read_done, verify_files
+from pipeline.runtime.stage_run import StageRun
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -322,7 +323,7 @@ def test_a_hub_model_is_known_by_its_commit(project, monkeypatch):
         def model_info(self, name):
             return type("Info", (), {"sha": f"commit of {name}"})
 
-    monkeypatch.setattr("pipeline.run.HfApi", Api)
+    monkeypatch.setattr("pipeline.runtime.provenance.HfApi", Api)
     run = sft_from("org/name")
     assert run.identity["parents"] == {"base": "commit of org/name"}
     assert run.parents["base"]["path"] == "org/name"

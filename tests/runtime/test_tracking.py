@@ -16,7 +16,8 @@ from pipeline.config.errors import UserError
 from pipeline.config.parse import parse
 from pipeline.config.stages import SFT, Merge
 from pipeline.data.sources import hash_sources
-from pipeline.runtime.stage_run import StageRun, verify_files
+from pipeline.runtime.finished import verify_files
+from pipeline.runtime.stage_run import StageRun
 from pipeline.runtime.tracking import PACKAGES, Tracking
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -186,8 +187,8 @@ def test_a_missing_package_is_named_before_anything_is_written(project, monkeypa
 def test_none_does_nothing(project):
     tracking = Tracking("none", "sft", "r", 0, project, vars(parse(SFT, ["--config", "empty.yaml"]).run), "1")
     tracking.log({"loss": 1.0}, 1)
-    tracking.table([{"a": 1}], 1)
-    tracking.finished({}, project, "", {})
+    tracking.log_table([{"a": 1}], 1)
+    tracking.log_model({}, project, "", {})
     tracking.close(failed=True)
     assert {path.name for path in project.iterdir()} == {"empty.yaml", "train.jsonl"}
 
