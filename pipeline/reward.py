@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import TaskType
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig
 
 from pipeline.config.stages import Reward
 from pipeline.data.formats import full_text, read_rows
@@ -49,7 +48,7 @@ from pipeline.runtime.console import print_main, silence_libraries
 from pipeline.runtime.precision import autocast
 from pipeline.runtime.process import processes
 from pipeline.runtime.stage_run import StageRun
-from pipeline.training.trainer import group_by_length, run_training, training_arguments
+from pipeline.training.trainer import HeadTrainer, group_by_length, run_training, training_arguments
 
 PROBES = 8  # texts whose scores must be the same after loading
 TOLERANCE = 1e-5
@@ -100,43 +99,6 @@ def train(config: Reward) -> Path:
             f"TF-IDF + ridge {test['linear_baseline']['value']:.3f}; longer wins {test['longer_wins']['value']:.3f}"
         )
         return stage.finish(partial(save, trained_model, tokenizer, rows["chosen_ids"][:PROBES]), metrics)
-
-
-class HeadTrainer(RewardTrainer):
-    """TRL's trainer of -log sigmoid(chosen - rejected - margin) (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
-
-    AdamW with one more group: the head starts from noise, the trunk from pretrained features, which the head's
-    learning rate would destroy (docs/log.md).
-    """
-
-    def __init__(self, *, head_learning_rate: float, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.head_learning_rate = head_learning_rate
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Overridden, and not handed over ready-made, since DeepSpeed and FSDP want to prepare the model first."""
-        trained = self.model if model is None else model
-        assert trained is not None
-        named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-        # An adapter keeps its trained head as `score.modules_to_save`; the one that it started from is frozen.
-        head = [p for name, p in named.items() if "score" in name.split(".")]
-        trunk = {name: p for name, p in named.items() if "score" not in name.split(".")}
-        # IA3's vectors are kept as matrices with one column; decay would pull them to 0, where nothing is 1.
-        decays = {name for name, p in trunk.items() if p.ndim > 1 and "ia3_l" not in name.split(".")}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for name, p in trunk.items() if name in decays]},
-            {"params": [p for name, p in trunk.items() if name not in decays], "weight_decay": 0.0},
-            {"params": head, "lr": self.head_learning_rate},
-        ]
-        args = self.args
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
-        return self.optimizer
 
 
 def new_trainer(

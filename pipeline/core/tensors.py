@@ -101,8 +101,8 @@ def logprobs_and_entropy(logits: Tensor, tokens: Tensor, temperature: float) -> 
     """Returns log pi(token) and H = -sum_v p_v log p_v in nats, each (B, T) float32.
 
     p = softmax(logits / temperature); logits (B, T, V), tokens (B, T) long: row t of logits predicts token t (callers
-    shift). A token whose logit is -inf has log-probability -inf, and contributes 0 to the entropy and its gradient, the limit of p log p. Computed in
-    float32: bfloat16 would leave errors of e^.0125 in a ratio.
+    shift). A token whose logit is -inf has log-probability -inf, and contributes 0 to the entropy and its gradient,
+    the limit of p log p. Computed in float32: bfloat16 would leave errors of e^.0125 in a ratio.
     """
     log_p = (logits.float() / temperature).log_softmax(dim=-1)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(dim=-1)

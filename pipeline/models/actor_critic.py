@@ -31,9 +31,10 @@ from pipeline.runtime.internals import layers_kept_whole
 
 
 def add_reward_model(path: str | Path, policy: Policy) -> PreTrainedModel | ValueHead:
-    """The frozen reward model; where it and the policy are adapters its head, its adapter then on the policy's base.
+    """The frozen reward model. Where it and the policy are adapters, its adapter is added to the policy's base, and
+    its head is what is returned.
 
-    Raises ModelError where it cannot be a role there: another type of adapter than the policy's, or another base.
+    Raises ModelError for another type of adapter than the policy's, or one on another base.
     """
     model = load_reward_model_with_adapter(path)
     if not isinstance(policy, PeftModel) or not adapter_layers(model):
@@ -44,7 +45,7 @@ def add_reward_model(path: str | Path, policy: Policy) -> PreTrainedModel | Valu
     theirs, ours = adapter_type(saved.config), adapter_type(adapter_config(policy))
     if theirs != ours:
         raise ModelError(
-            f"{path}: it is {theirs} and the policy {ours}: roles on one base have one type of adapter; train "
+            f"{path}: it is {theirs} and the policy {ours}: adapters on one base have one type; train "
             f"one of them again with the other's"
         )
     theirs, ours = hash_trunk(model), hash_trunk(full_precision_base(unwrap_peft(policy)))
@@ -83,7 +84,7 @@ class ActorCritic(nn.Module):
         self._no_split_modules = layers_kept_whole(unwrap_peft(policy))
 
     def checkpoint_activations(self) -> None:
-        """In train mode the layers then keep their input alone; dropout is 0, so both modes compute the same."""
+        """Has the layers keep only their input in train mode; dropout is 0, so both modes compute the same."""
         self.recomputes_layers = True
         for model in (unwrap_peft(self.policy), *([self.critic.model] if isinstance(self.critic, Critic) else [])):
             contexts = partial(recompute_contexts, adapter_layers(model))
@@ -105,7 +106,7 @@ class ActorCritic(nn.Module):
 
         values[:, t] is read before token t is emitted, as the log-probability of token t is. Without `update_policy`
         the values have no gradient in the policy's trunk. `as_adapter`: of the reference, without values; or the reward
-        role's scores (B, S) of what ends at each token, alone.
+        model's scores (B, S) of what ends at each token, alone.
         """
         rows = (input_ids, attention_mask, response_tokens, self.temperature, self.pad_id)
         if as_adapter == REWARD:
@@ -126,7 +127,7 @@ class ActorCritic(nn.Module):
         return logprobs, entropies, values[:, -response_tokens - 1 : -1]
 
     def adapter_outputs(self, head: ValueHead, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """A head on the states of its role, (B, S) fp32.
+        """A head on the hidden states of its adapter, (B, S) fp32.
 
         For a gradient the trunk keeps its input alone. Called before the policy's forward it is computed again after
         the policy's backward, which frees what that has kept: there are never two roles' activations at a time.

@@ -34,8 +34,8 @@ def head_outputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 MOST_LOGITS = 2**24
-"""How many are made into log-probabilities at a time, 64 MiB in fp32: that takes several copies of them, and with a
-vocabulary of 50,000 more memory than the model. Of more, the parts are computed again in the backward pass."""
+"""Logits turned into log-probabilities at a time (64 MiB in fp32), since that takes several copies of them. A larger
+batch is split into parts, each recomputed in the backward pass, so that memory does not grow with the vocabulary."""
 
 
 def response_logprobs(

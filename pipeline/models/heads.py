@@ -13,11 +13,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.tokenizer import ModelError
 from pipeline.models.forward import head_outputs, head_weight
@@ -32,12 +28,7 @@ from pipeline.models.loading import (
     merge_adapter,
     unwrap_peft,
 )
-from pipeline.models.multi_adapter import (
-    POLICY,
-    PREFIX,
-    base_state_dict,
-    load_adapter_weights,
-)
+from pipeline.models.multi_adapter import POLICY, PREFIX, base_state_dict, load_adapter_weights
 from pipeline.models.saving import save_with_base
 
 
@@ -83,7 +74,7 @@ def load_reward_model(path: str | Path) -> PreTrainedModel:
 
 
 def load_reward_model_with_adapter(path: str | Path, in_4bit: bool = False) -> PreTrainedModel:
-    """The same with its adapter on it."""
+    """As `load_reward_model`, but an adapter saved in the directory stays on the model, and dropout stays."""
     model, info = load_pretrained(AutoModelForSequenceClassification, path, in_4bit)
     if info["missing_keys"] or info["unexpected_keys"]:
         keys = sorted([*info["missing_keys"], *info["unexpected_keys"]])
@@ -103,7 +94,9 @@ class Critic(nn.Module):
     def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
         self.model = copy.deepcopy(classifier).requires_grad_(True)
-        self.shift = nn.Parameter(torch.tensor([float(classifier.config.score_shift)]))  # ZeRO-3 and FSDP cut no scalar
+        self.shift = nn.Parameter(
+            torch.tensor([float(classifier.config.score_shift)])
+        )  # ZeRO-3 and FSDP shard no scalar
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values (B, S) of the states after each token."""

@@ -78,12 +78,12 @@ def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def load_pretrained(kind: Any, path: str | Path, in_4bit: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A transformers model in fp32 and what its loading left open; ModelError for a directory that holds none."""
-    more = quantization_kwargs() if in_4bit else {}
+    """A transformers model in fp32 and its loading info (missing and unexpected keys); ModelError if there is none."""
+    quantization = quantization_kwargs() if in_4bit else {}
     try:
         return kind.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-            attn_implementation=ATTN_IMPLEMENTATION, **more,
+            attn_implementation=ATTN_IMPLEMENTATION, **quantization,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: no model can be loaded from it: {first_line(error)}") from None
@@ -105,14 +105,14 @@ def is_4bit(model: nn.Module) -> bool:
 
 
 def cast_trained_to_fp32_(model: nn.Module) -> None:
-    """Undoes that TRL's trainers round what is trained on a base of 4 bits to bfloat16."""
+    """Gives trained parameters fp32 again: TRL's trainers cast them to bfloat16 where the base has 4 bits."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def full_precision_base(base: PreTrainedModel) -> PreTrainedModel:
-    """The base; of one in 4 bits, the language model that it was loaded from."""
+    """The base as it is; where it is in 4 bits, the same language model loaded again in fp32."""
     return remove_adapter_(load_language_model_with_adapter(str(base.name_or_path))) if is_4bit(base) else base
 
 
@@ -129,7 +129,7 @@ def load_language_model(path: str | Path, in_4bit: bool = False) -> PreTrainedMo
 
 
 def load_language_model_with_adapter(path: str | Path, in_4bit: bool = False) -> PreTrainedModel:
-    """The same with its adapter on it."""
+    """As `load_language_model`, but an adapter saved in the directory stays on the model, and dropout stays."""
     model, info = load_pretrained(AutoModelForCausalLM, path, in_4bit)
     if info["missing_keys"]:
         raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
@@ -195,12 +195,12 @@ def load_policy(path: str | Path, dials: Adapter) -> Policy:
 
 
 def check_adapter_dials(dials: Adapter, config: AdapterConfig, path: str | Path) -> None:
-    """ModelError for a dial that is not as it was when the adapter at `path` was made; names it and both values."""
-    made: dict[str, Any] = {"adapter": adapter_type(config)}
+    """ModelError if a dial contradicts the adapter at `path`, which is trained further; names it and both values."""
+    saved: dict[str, Any] = {"adapter": adapter_type(config)}
     if isinstance(config, LoraConfig):
-        made |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
-        made |= {"use_rslora": config.use_rslora, "use_dora": config.use_dora}
-    for name, value in made.items():
+        saved |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
+        saved |= {"use_rslora": config.use_rslora, "use_dora": config.use_dora}
+    for name, value in saved.items():
         if getattr(dials, name) != value:
             raise ModelError(
                 f"{path}: it is an adapter, which PPO trains further, and its {name} is {value}, not "

@@ -1,13 +1,13 @@
-"""Several adapters on one frozen base: which of them its layers read, and how one gets onto a base and off it.
+"""Several adapters on one frozen base: which of them the layers use, adding one, detaching one.
 
     base --+-- default     the policy: trained
            +-- reference   SFT's adapter, frozen; where SFT is a full model the reference is the base itself
            +-- critic      trained, under a value head
            +-- reward      frozen, under the score head
 
-A role is the adapter that the layers read, and nothing but that ever changes: PEFT's `set_adapter` and
-`disable_adapter` change `requires_grad` as well, which must stay as it is once the optimiser and the process group know
-the parameters. Heads are no part of an adapter here: they are linear layers of our own (`pipeline.models`).
+Policy, reference, critic and reward model differ only in the adapter that the layers use. It is switched without PEFT's
+`set_adapter` and `disable_adapter`: these change `requires_grad` as well, which must stay as it is once the optimiser
+and the process group know the parameters. Heads are no part of an adapter here, but linear layers (`models.heads`).
 """
 
 import copy
@@ -45,12 +45,9 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
-# which adapter is read
-
-
 @contextmanager
-def read_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
-    """Within it the layers read the named adapter, or (None) pass their base through, bit for bit."""
+def use_adapter_in(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator[None]:
+    """Within it the layers use the named adapter, or (None) their base alone, bit for bit."""
     before = [active_adapters(layer) for layer in layers]
     for layer in layers:
         set_active_adapters(layer, [] if name is None else [name], disabled=name is None)
@@ -62,28 +59,25 @@ def read_adapter(layers: Sequence[BaseTunerLayer], name: str | None) -> Iterator
 
 
 def use_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
-    """Within it the model is its base under the named adapter, or (None) its base alone."""
-    return read_adapter(adapter_layers(model), name)
+    """Within it the model uses the named adapter, or (None) its base alone."""
+    return use_adapter_in(adapter_layers(model), name)
 
 
 def recompute_contexts(layers: Sequence[BaseTunerLayer]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` of torch's checkpoint: nothing around the forward, its adapter around the recomputation of it.
+    """`context_fn` of torch's checkpoint: a forward is recomputed under the adapter that it used.
 
-    That takes place in the backward pass, when the layers read the policy's adapter again.
+    Recomputation takes place in the backward pass, when the layers use the policy's adapter again.
     """
-    is_base = not layers or layers[0].disable_adapters  # they all read the same
-    return nullcontext(), read_adapter(layers, None if is_base else layers[0].active_adapters[0])
-
-
-# onto a base and off it
+    is_base = not layers or layers[0].disable_adapters  # all layers use the same one
+    return nullcontext(), use_adapter_in(layers, None if is_base else layers[0].active_adapters[0])
 
 
 def add_adapter(
     policy: PeftModel, name: str, config: AdapterConfig, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Puts one more adapter onto the policy's base, with these weights or fresh; the policy's is read as before.
+    """Adds an adapter to the policy's base, with these weights or fresh ones; the policy's stays the one in use.
 
-    The policy's and the critic's are trained, the others frozen: so it must be done before the model is prepared.
+    The policy's and the critic's are trainable, the others frozen. To be called before the model is prepared.
     """
     policy.add_adapter(name, causal_lm_config(config))
     if weights is not None:
@@ -96,7 +90,7 @@ def add_adapter(
 
 
 def copy_adapter(policy: PeftModel, source: str, name: str) -> None:
-    """Puts a copy of one of its adapters onto the policy's base."""
+    """Adds a copy of the adapter `source` to the policy's base."""
     add_adapter(policy, name, adapter_config(policy, source), get_peft_model_state_dict(policy, adapter_name=source))
 
 
@@ -109,13 +103,12 @@ def adapter_config(model: PeftModel | PreTrainedModel, name: str = POLICY) -> Ad
 
 
 def adapter_type(config: AdapterConfig) -> str:
-    """The dial's name of it."""
+    """The value of the dial `adapter` that makes such an adapter."""
     return "lora" if isinstance(config, LoraConfig) else "ia3"
 
 
 def causal_lm_config(config: AdapterConfig) -> AdapterConfig:
-    """The adapter's configuration without what a classifier's has besides, its head being ours to keep, and without
-    dropout."""
+    """The adapter's configuration for a causal language model: no dropout, no head (`modules_to_save`)."""
     config = copy.deepcopy(config)
     config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
     if isinstance(config, LoraConfig):
@@ -125,14 +118,14 @@ def causal_lm_config(config: AdapterConfig) -> AdapterConfig:
 
 def load_adapter_weights(model: PeftModel, name: str, weights: Mapping[str, Tensor]) -> None:
     """Copies weights into the named adapter; UserError if they are not exactly the adapter's."""
-    found: Any = set_peft_model_state_dict(model, dict(weights), name)
-    wrong = [key for key in found.missing_keys if name in key.split(".")] + found.unexpected_keys
+    result: Any = set_peft_model_state_dict(model, dict(weights), name)
+    wrong = [key for key in result.missing_keys if name in key.split(".")] + result.unexpected_keys
     if wrong:
         raise UserError(f"adapter {name}: missing or unused weights {', '.join(sorted(wrong)[:5])}")
 
 
 def detach_adapter(model: PreTrainedModel) -> DetachedAdapter | None:
-    """The adapter that loading has put onto a model, which is its base alone afterwards; None if there is none."""
+    """Takes the adapter that `from_pretrained` has loaded off the model, in place, and returns it; None without one."""
     if not adapter_layers(model):
         return None
     config, weights = adapter_config(model), get_peft_model_state_dict(model)
@@ -141,14 +134,14 @@ def detach_adapter(model: PreTrainedModel) -> DetachedAdapter | None:
 
 
 def remove_adapter_(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with every adapter layer gone and all its weights trainable, a classifier's head kept; in place."""
-    found = [*model.named_modules()]
-    for name, layer in found:
+    """The model without adapter layers, all its weights trainable, a classifier's trained head kept; in place."""
+    modules = [*model.named_modules()]
+    for name, layer in modules:
         if isinstance(layer, BaseTunerLayer):
             model.set_submodule(name, layer.get_base_layer())
         elif isinstance(layer, ModulesToSaveWrapper):
             model.set_submodule(name, layer.modules_to_save[POLICY])
-    if any(isinstance(layer, BaseTunerLayer) for _, layer in found):
+    if any(isinstance(layer, BaseTunerLayer) for _, layer in modules):
         forget_adapter(model)
         for parameter in model.parameters():  # the adapter's loading froze the base
             parameter.requires_grad_(parameter.is_floating_point())  # what has 4 bits cannot be trained
@@ -156,7 +149,7 @@ def remove_adapter_(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights as if it had no adapters, by the names they then have; a classifier's trained head."""
+    """The state dict that the model would have without its adapters, a classifier's trained head included."""
     return {
         name.replace(".base_layer.", ".").replace(f".modules_to_save.{POLICY}.", "."): weight
         for name, weight in model.state_dict().items()
@@ -165,7 +158,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def hash_trunk(model: PreTrainedModel) -> str:
-    """What tells the trunk of one model from that of another, whatever their heads and adapters: the first 12 digits.
+    """12 hex digits over the trunk's weights, whatever heads and adapters it has.
 
     A language model and a classifier on one trunk have the same.
     """
@@ -173,7 +166,7 @@ def hash_trunk(model: PreTrainedModel) -> str:
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
-    """What tells some weights from others: sha256 over their sorted names, shapes, types and contents."""
+    """sha256 over the weights' sorted names, shapes, types and contents."""
     rows = []
     for name, tensor in sorted(weights.items()):
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

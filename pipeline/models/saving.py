@@ -4,21 +4,11 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.loading import Policy, full_precision_base, is_4bit, unwrap_peft
-from pipeline.models.multi_adapter import (
-    POLICY,
-    adapter_config,
-    base_state_dict,
-)
+from pipeline.models.multi_adapter import POLICY, adapter_config, base_state_dict
 from pipeline.runtime.internals import forget_quantization
-
-# saving
 
 
 def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -52,7 +42,7 @@ def save_with_base(model: Policy, folder: Path) -> None:
     base.name_or_path = source
     (folder / "README.md").unlink()  # a model card with empty headings
     if isinstance(config, LoraConfig) and config.use_dora:
-        # PEFT leaves `.weight` off DoRA's magnitudes, and transformers, which wants it, then has them at their start.
+        # PEFT writes DoRA's magnitudes without `.weight`; transformers wants it, and would load none of them.
         file = folder / "adapter_model.safetensors"
         named = {f"{k}.weight" if k.endswith("lora_magnitude_vector") else k: w for k, w in load_file(file).items()}
         save_file(named, file, metadata={"format": "pt"})

@@ -26,8 +26,8 @@ class MetricsCallback(TrainerCallback):
     }
 
     def __init__(self, run: StageRun) -> None:
-        self.run, self.started, self.tokens = run, time.monotonic(), 0.0
-        self.before = run.resume_from.facts["state"]["tokens"] if run.resume_from else 0.0  # read by an earlier attempt
+        self.run, self.started = run, time.monotonic()
+        self.earlier_tokens = run.resume_from.facts["state"]["tokens"] if run.resume_from else 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.run.heartbeat.phase = f"step {state.global_step}"  # steps are short: the next beat will write it
@@ -42,7 +42,9 @@ class MetricsCallback(TrainerCallback):
             raise FloatingPointError(
                 f"{self.run.stage}: loss is {metrics['loss']} at step {state.global_step}: stopped"
             )
-        metrics["tokens_per_second"] = round((metrics["tokens"] - self.before) / (time.monotonic() - self.started))
+        metrics["tokens_per_second"] = round(
+            (metrics["tokens"] - self.earlier_tokens) / (time.monotonic() - self.started)
+        )
         self.run.log(state.global_step, metrics)
         shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_second']:,}"}
         if "accuracy" in metrics:
@@ -58,13 +60,13 @@ class CheckpointCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert args.output_dir is not None
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
-        def take(folder: Path) -> None:
+        def move_to(folder: Path) -> None:
             if processes().is_main_process:
-                for path in written.iterdir():
+                for path in checkpoint.iterdir():
                     path.rename(folder / path.name)
-                written.rmdir()
+                checkpoint.rmdir()
 
         processes().wait_for_everyone()
-        self.run.save_checkpoint(state.global_step, take, {"tokens": tokens_trained(self.trainer)})
+        self.run.save_checkpoint(state.global_step, move_to, {"tokens": tokens_trained(self.trainer)})

@@ -33,7 +33,7 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
     return dict(
         output_dir=str(folder / "checkpoints/trainer"),
         seed=run.seed,
-        bf16=False,  # `trained` does that, alike under every strategy
+        bf16=False,  # `autocast_forward` does that, alike under every strategy
         fp16=run.precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=optim.gradient_checkpointing,
@@ -77,11 +77,11 @@ def group_by_length(rows: Dataset, lengths: Sequence[int], batch_size: int, seed
 def run_training(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRun) -> Model:
     """Trains, from the stage's checkpoint if there is one, with our log in place of the trainer's printing.
 
-    Returns the model, whole on every process.
+    Returns the model, unsharded on every process.
     """
     accelerator = validate_launch(trainer.accelerator)
     keep_torch_optimizer(accelerator)
-    empty = meta_copy(model) if is_sharded(accelerator) else None
+    meta = meta_copy(model) if is_sharded(accelerator) else None
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsCallback(run))
     trainer.add_callback(CheckpointCallback(run, trainer))
@@ -96,7 +96,7 @@ def run_training(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRu
         trainer.train(resume_from_checkpoint=start)
     unset_hf_deepspeed_config()  # as in new_accelerator
     run.heartbeat.enter("evaluation")
-    return model if empty is None else load_full_state_dict(empty, full_state_dict(model))
+    return model if meta is None else load_full_state_dict(meta, full_state_dict(model))
 
 
 @contextmanager
@@ -138,6 +138,43 @@ class NextTokenTrainer(SFTTrainer):
         set_tokens_trained(self, tokens_trained(self) + tokens.item())
         log_tokens(self)
         return (loss, outputs) if return_outputs else loss
+
+
+class HeadTrainer(RewardTrainer):
+    """TRL's trainer of -log sigmoid(chosen - rejected - margin) (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
+
+    AdamW with one more group: the head starts from noise, the trunk from pretrained features, which the head's
+    learning rate would destroy (docs/log.md).
+    """
+
+    def __init__(self, *, head_learning_rate: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.head_learning_rate = head_learning_rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Overridden, and not handed over ready-made, since DeepSpeed and FSDP want to prepare the model first."""
+        trained = self.model if model is None else model
+        assert trained is not None
+        named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+        # An adapter keeps its trained head as `score.modules_to_save`; the one that it started from is frozen.
+        head = [p for name, p in named.items() if "score" in name.split(".")]
+        trunk = {name: p for name, p in named.items() if "score" not in name.split(".")}
+        # IA3's vectors are kept as matrices with one column; decay would pull them to 0, where nothing is 1.
+        decays = {name for name, p in trunk.items() if p.ndim > 1 and "ia3_l" not in name.split(".")}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in trunk.items() if name in decays]},
+            {"params": [p for name, p in trunk.items() if name not in decays], "weight_decay": 0.0},
+            {"params": head, "lr": self.head_learning_rate},
+        ]
+        args = self.args
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        return self.optimizer
 
 
 def count_tokens(rows: Dataset) -> int:
