@@ -72,9 +72,9 @@ def test_the_two_commands_come_first():
     assert COMMANDS[:2] == ["make run", "make test"]
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+\.\w+)` ?\(|`(\w+\.\w+)` \|", README))), ids=str)
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w.]+\.\w+)` ?\(|`([\w.]+\.\w+)` \|", README))), ids=str)
 def test_a_function_is_where_the_readme_says(name):
-    module, function = next(filter(None, name)).split(".")
+    module, _, function = next(filter(None, name)).rpartition(".")
     assert callable(getattr(importlib.import_module(f"pipeline.{module}"), function))
 
 
