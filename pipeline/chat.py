@@ -13,8 +13,8 @@ from pipeline.data.tokenizer import load_shared_tokenizer
 from pipeline.models.loading import Policy, check_model, freeze, load_language_model, unwrap_peft
 from pipeline.rl.rollout import generate
 from pipeline.runtime.console import console, silence_libraries
-from pipeline.runtime.process import processes
 from pipeline.runtime.finished import read_done
+from pipeline.runtime.process import processes
 
 HELP = """Every policy answers from the same noise and remembers what was said. /new starts over, an empty line ends."""
 

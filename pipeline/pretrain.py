@@ -26,9 +26,8 @@ from pipeline.runtime.stage_run import StageRun
 from pipeline.training.trainer import NextTokenTrainer, count_tokens, run_training, training_arguments
 from pipeline.training.validation import validation_loss
 
-ENOUGH_TOKENS_PER_PARAMETER = (
-    5  # below it a model is mostly its initialisation; 20 is Hoffmann et al., arXiv 2203.15556
-)
+# Below it a model is mostly its initialisation; 20 is Hoffmann et al., arXiv 2203.15556.
+ENOUGH_TOKENS_PER_PARAMETER = 5
 TOKENIZER_ROWS = 100_000  # texts that a tokenizer is trained on at most
 TEMPERATURES = (0.5, 0.8, 1.0)
 
@@ -72,7 +71,7 @@ def train(config: Pretrain) -> Path:
             f"pretrain: validation loss {metrics['validation_loss']:.3f} nats/token, perplexity "
             f"{metrics['perplexity']:.1f}, {metrics['bits_per_byte']:.3f} bits per byte"
         )
-        stage.log_samples(samples(model, tokenizer, config.sample_tokens))
+        stage.log_samples(sample_texts(model, tokenizer, config.sample_tokens))
         return stage.finish(partial(save_policy, model, tokenizer), metrics)
 
 
@@ -133,11 +132,11 @@ def validation_metrics(
     }
 
 
-def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int) -> list[dict[str, object]]:
+def sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[dict[str, object]]:
     """Texts from an empty prompt, two at each of three temperatures."""
     rows: list[dict[str, object]] = []
     for temperature in TEMPERATURES:
         torch.manual_seed(0)
-        rollout = generate(model, tokenizer, ["", ""], Sampling(max_new_tokens=size, temperature=temperature))
+        rollout = generate(model, tokenizer, ["", ""], Sampling(max_new_tokens=tokens, temperature=temperature))
         rows += [{"temperature": temperature, "text": decode(tokenizer, ids)} for ids in rollout.responses.tolist()]
     return rows

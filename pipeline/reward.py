@@ -98,12 +98,13 @@ def train(config: Reward) -> Path:
             f"[{test['accuracy']['low']:.3f}, {test['accuracy']['high']:.3f}] on {test['accuracy']['n']:,} pairs; "
             f"TF-IDF + ridge {test['linear_baseline']['value']:.3f}; longer wins {test['longer_wins']['value']:.3f}"
         )
-        return stage.finish(partial(save, trained_model, tokenizer, rows["chosen_ids"][:PROBES]), metrics)
+        return stage.finish(partial(save_reward_model, trained_model, tokenizer, rows["chosen_ids"][:PROBES]), metrics)
 
 
 def new_trainer(
     model: Policy, tokenizer: PreTrainedTokenizerBase, rows: Dataset, config: Reward, folder: Path
 ) -> HeadTrainer:
+    """The trainer of the pairs, in batches of like lengths."""
     return HeadTrainer(
         head_learning_rate=config.head_learning_rate,
         model=model,
@@ -126,17 +127,19 @@ def pair_lengths(rows: Dataset) -> list[int]:
     return [max(map(len, pair)) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
 
 
-def save(model: Policy, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Sequence[int]], folder: Path) -> None:
+def save_reward_model(
+    model: Policy, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Sequence[int]], folder: Path
+) -> None:
     """Writes a directory that `AutoModelForSequenceClassification.from_pretrained` loads, tokenizer included.
 
-    Raises ModelError, and so nothing is finished, if what it loads does not score the probes as the model here does.
+    Raises ModelError, and so nothing is finished, unless the directory loads as a model that scores the probes alike.
     """
     ids, mask = (x.to(model.device) for x in pad_rows(probes, tokenizer.pad_token_id, "right"))
     expected = reward_model_scores(unwrap_peft(model), ids, mask)
     save_with_base(model, folder)
     tokenizer.save_pretrained(folder)
-    again = freeze(disable_dropout_(load_reward_model_with_adapter(folder, is_4bit(model)))).to(processes().device)
-    error = (reward_model_scores(again, ids, mask) - expected).abs().max().item()
+    loaded = freeze(disable_dropout_(load_reward_model_with_adapter(folder, is_4bit(model)))).to(processes().device)
+    error = (reward_model_scores(loaded, ids, mask) - expected).abs().max().item()
     if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ModelError(f"reward: what was saved scores texts otherwise than what was trained, by up to {error:.2g}")
 

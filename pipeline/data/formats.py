@@ -16,8 +16,8 @@ from typing import Any
 
 from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
-from pipeline.runtime.console import print_main
 from pipeline.data.sources import DataError, Row, iterate_sources
+from pipeline.runtime.console import print_main
 
 Message = dict[str, str]
 Text = str | list[Message]

@@ -27,8 +27,8 @@ import pyarrow.parquet
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from pipeline.runtime.hashing import hash_file, hash_value
 from pipeline.config.errors import UserError
+from pipeline.runtime.hashing import hash_file, hash_value
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 HUB = re.compile(

@@ -12,9 +12,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.runtime.hashing import hash_value
 from pipeline.config.errors import UserError
 from pipeline.runtime.console import print_main
+from pipeline.runtime.hashing import hash_value
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 

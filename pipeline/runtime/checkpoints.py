@@ -1,8 +1,9 @@
-"""Checkpoints of a stage that is under way: each is there whole or not at all.
+"""Checkpoints of a stage that is not finished: each appears whole or not at all.
 
-    <stage>/checkpoints/<step>/   weights, optimiser, random states; MANIFEST.json, written last, lists them by content
+    <stage>/checkpoints/<step>/   weights, optimiser, random states; MANIFEST.json, written last, has their sha256
 
-The main process alone renames a checkpoint into place; the newest that is as it was written is the one gone on from.
+The main process renames a checkpoint into place. A stage resumes from the newest one whose files are as they were
+written.
 """
 
 import json
@@ -24,9 +25,9 @@ from pipeline.runtime.hashing import file_manifest, first_changed_file, fsync_fo
 from pipeline.runtime.launch import uses_deepspeed
 from pipeline.runtime.process import processes
 
-CHECKPOINTS_KEPT = 2  # the newest, and one to go back to should it be damaged
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-"""What is saved: what trains. The rest comes from the parents again, which are told apart by content."""
+CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest is damaged
+TRAINED_WEIGHTS = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""Frozen weights are not saved: they are loaded from the parents again, whose hashes the run's identity holds."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,19 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
-    """Lets every process `write` into a folder beside, then renames it to `folder/<step>`; older ones but one go."""
-    everyone = processes()
+    """Has every process `write` into a temporary folder, then renames it to `folder/<step>`.
+
+    The newest CHECKPOINTS_KEPT checkpoints stay, older ones are deleted.
+    """
+    state = processes()
     temporary = folder / f"{step}.partial"
-    if everyone.is_main_process:
+    if state.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    everyone.wait_for_everyone()
+    state.wait_for_everyone()
     write(temporary)
-    everyone.wait_for_everyone()
-    if everyone.is_main_process:
+    state.wait_for_everyone()
+    if state.is_main_process:
         manifest = {"step": step, "facts": facts, "files": file_manifest(temporary)}
         fsync_folder(temporary)
         (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
@@ -57,24 +61,22 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], fact
         fsync_folder(folder)
         for old in _by_step(folder)[:-CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
-    everyone.wait_for_everyone()
+    state.wait_for_everyone()
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files are as they were written; damaged ones are renamed, and said."""
-    for found in reversed(_by_step(folder)):
+    """The newest checkpoint whose files are as they were written; damaged ones are renamed, with a printed line."""
+    for path in reversed(_by_step(folder)):
         damaged = "MANIFEST.json"
         try:
-            manifest = json.loads((found / damaged).read_text(encoding="utf-8"))
-            damaged = first_changed_file(found, manifest["files"])
+            manifest = json.loads((path / damaged).read_text(encoding="utf-8"))
+            damaged = first_changed_file(path, manifest["files"])
         except (OSError, ValueError, KeyError):
             pass
         if not damaged:
-            return Checkpoint(found, manifest["step"], manifest["facts"])
-        found.rename(found.with_name(f"{found.name}.damaged-{uuid.uuid4().hex[:4]}"))
-        print_main(
-            f"{found}: {damaged} is missing or not as it was written: set aside, the checkpoint before it is used"
-        )
+            return Checkpoint(path, manifest["step"], manifest["facts"])
+        path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:4]}"))
+        print_main(f"{path}: {damaged} is missing or not as it was written: set aside, the checkpoint before it is used")
     return None
 
 
@@ -87,19 +89,19 @@ def save_training(accelerator: Accelerator, prepared: nn.Module, optimizer: Any,
     if uses_deepspeed(accelerator):
         prepared.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)  # type: ignore[operator]
     else:
-        weights, moments = get_state_dict(prepared, optimizer.optimizer, options=TRAINED)
+        weights, moments = get_state_dict(prepared, optimizer.optimizer, options=TRAINED_WEIGHTS)
         dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=folder / "training")
     save_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, 0, accelerator.scaler)
 
 
 def load_training(accelerator: Accelerator, prepared: nn.Module, optimizer: Any, folder: Path) -> None:
-    """What `save_training` wrote, into the same modules. A process that was not there then keeps its random state."""
+    """Loads what `save_training` wrote into the same modules. A process that was not there then keeps its random state."""
     if uses_deepspeed(accelerator):
         prepared.load_checkpoint(str(folder), tag="engine", load_module_strict=False)  # type: ignore[operator]
     else:
-        weights, moments = get_state_dict(prepared, optimizer.optimizer, options=TRAINED)
+        weights, moments = get_state_dict(prepared, optimizer.optimizer, options=TRAINED_WEIGHTS)
         dcp.load({"weights": weights, "optimizer": moments}, checkpoint_id=folder / "training")  # in place
         set_state_dict(
-            prepared, optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED
+            prepared, optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED_WEIGHTS
         )
     load_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, accelerator.scaler)

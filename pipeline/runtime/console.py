@@ -1,4 +1,4 @@
-"""What a stage prints, and what libraries do not."""
+"""The console that a stage prints to, without the output of libraries."""
 
 import logging
 import os
@@ -15,9 +15,9 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def silence_libraries() -> None:
-    """Keeps dependencies' progress bars and advice out of the stage's own few lines; errors still show."""
+    """Turns off the progress bars, warnings and advice of libraries; errors still show."""
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find that out itself
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed detects it with a warning
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             import deepspeed.ops
 

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was asked for, and whether that is what runs: DDP, DeepSpeed or FSDP."""
+"""Which strategy `accelerate launch` asks for, and whether it is the one that runs: DDP, DeepSpeed or FSDP."""
 
 import os
 from typing import Any
@@ -12,18 +12,18 @@ from pipeline.runtime.precision import resolve_precision
 from pipeline.runtime.process import processes
 
 LAUNCH_PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-"""What the launch says of precision; transformers' trainers write it anew."""
+"""Read at import, since transformers' trainers overwrite the variable."""
 
 
 def new_accelerator(precision: str) -> Accelerator:
-    """Accelerate for these processes at a stage's precision, which is what `autocast` computes in; weights stay fp32.
+    """Accelerate for this launch; a loss scale for fp16. bf16 is `precision.autocast`'s, and weights stay fp32.
 
-    DeepSpeed and FSDP are told of no precision: they would round the weights themselves. UserError for a launch that
-    is not what it seems, or that contradicts the dials.
+    DeepSpeed and FSDP are given no precision: they would round the weights themselves. UserError for a launch that runs
+    another strategy than it asks for, or that contradicts the dials.
     """
-    everyone, precision = processes(), resolve_precision(precision)
-    if precision == "fp16" and (requested_backend() != "DDP" or everyone.device.type != "cuda"):
-        where = requested_backend() if everyone.device.type == "cuda" else "a CPU"
+    device, precision = processes().device.type, resolve_precision(precision)
+    if precision == "fp16" and (requested_backend() != "DDP" or device != "cuda"):
+        where = requested_backend() if device == "cuda" else "a CPU"
         raise UserError(
             f"precision: fp16 wants a loss scale, which CUDA GPUs have under DDP; on {where} say --precision bf16"
         )
@@ -34,12 +34,12 @@ def new_accelerator(precision: str) -> Accelerator:
         )
     accelerator = validate_launch(Accelerator(mixed_precision="fp16" if precision == "fp16" else "no"))
     keep_torch_optimizer(accelerator)
-    unset_hf_deepspeed_config()  # else from_pretrained would cut models as they are loaded, before they are one module
+    unset_hf_deepspeed_config()  # else from_pretrained would shard every model as it is loaded
     return accelerator
 
 
 def check_deepspeed(deepspeed: dict[str, Any]) -> None:
-    """UserError for what DeepSpeed's config says of things that the dials decide, before a stage says it for them."""
+    """UserError for a setting of DeepSpeed's config that is for the dials to decide."""
     for key, dials in (
         (
             "gradient_accumulation_steps",
@@ -58,31 +58,31 @@ def check_deepspeed(deepspeed: dict[str, Any]) -> None:
 
 
 def keep_torch_optimizer(accelerator: Accelerator) -> None:
-    """Has an optimiser that DeepSpeed offloads to the CPU stay the one it was given, with each group's rate."""
+    """Keeps DeepSpeed from replacing an optimiser that it offloads to the CPU, which would lose the groups' rates."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
 def requested_backend() -> str:
-    """DEEPSPEED, FSDP or DDP: what the launch wants of Accelerate."""
+    """DEEPSPEED, FSDP or DDP: what the launch asks of Accelerate, in its environment variables."""
     return next((kind for kind in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"), "DDP")
 
 
 def parallel_strategy() -> str:
-    """DDP (also of one process), ZeRO-1, ZeRO-2, ZeRO-3 or FSDP2: how the processes of this launch share the work."""
+    """DDP (also for one process), ZeRO-1, ZeRO-2, ZeRO-3 or FSDP2."""
     if requested_backend() == "DEEPSPEED":
         return f"ZeRO-{AcceleratorState().deepspeed_plugin.zero_stage}"
     return "FSDP2" if requested_backend() == "FSDP" else "DDP"
 
 
 def validate_launch(accelerator: Accelerator) -> Accelerator:
-    """The accelerator, if it is of the kind and has the processes that the launch asks for; else UserError names both.
+    """The accelerator, if it has the strategy and the processes that the launch asks for; else UserError names both.
 
-    Accelerate falls back in silence: a variable in the environment turns DeepSpeed into DDP, and FSDP on CPUs into
-    copies that train alone.
+    Accelerate falls back without a word: an environment variable turns DeepSpeed into DDP, and FSDP on CPUs becomes
+    separate copies, each trained alone.
     """
-    world, found = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type.value
-    is_other = (found if found in ("DEEPSPEED", "FSDP") else "DDP") != requested_backend()
+    world, started = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type.value
+    is_other = (started if started in ("DEEPSPEED", "FSDP") else "DDP") != requested_backend()
     if is_other or accelerator.num_processes != world:
         why = (
             ": FSDP cuts models on GPUs only"
@@ -90,7 +90,7 @@ def validate_launch(accelerator: Accelerator) -> Accelerator:
             else ""
         )
         raise UserError(
-            f"the launch asks for {requested_backend()} on {world} processes, but Accelerate has started {found} with "
+            f"the launch asks for {requested_backend()} on {world} processes, but Accelerate has started {started} with "
             f"{accelerator.num_processes}{why}; look at the file given to --config_file, and for ACCELERATE_USE_CPU in "
             "the environment"
         )
@@ -98,5 +98,5 @@ def validate_launch(accelerator: Accelerator) -> Accelerator:
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed's engine accumulates, clips and steps by itself, told by `sync_gradients` when."""
+    """Whether DeepSpeed's engine does the accumulation, clipping and steps; `sync_gradients` says when it steps."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED

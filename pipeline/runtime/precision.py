@@ -1,4 +1,4 @@
-"""The arithmetic of a stage: fp32, bf16 or fp16, the same under every strategy."""
+"""The precision of a stage, fp32, bf16 or fp16: the same under every strategy."""
 
 import torch
 
@@ -21,7 +21,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def autocast(precision: str) -> torch.autocast:
-    """The context in which models compute at a stage's precision, the same under every strategy."""
+    """The context in which models compute at a stage's precision."""
     kind, precision = processes().device.type, resolve_precision(precision)
     if precision == "fp32":
         return torch.autocast(kind, enabled=False)

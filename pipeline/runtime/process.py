@@ -1,4 +1,4 @@
-"""This process: its place among the processes of a launch, its memory, its exit status."""
+"""This process: its rank in the launch, its memory, its exit status."""
 
 import ctypes
 import errno
@@ -13,7 +13,7 @@ from pipeline.config.errors import UserError
 
 
 def processes() -> PartialState:
-    """The processes of this run, joined at the first call; Accelerate joins them on CPUs (gloo) only when told to."""
+    """Accelerate's state of this launch; the first call joins the process group, on CPUs with gloo."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -32,8 +32,8 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def stage_main(train: Callable[[Any], object], config: Any) -> None:
-    """Runs a stage from the shell: an error that the user can mend is one sentence and exit status 1."""
+def run_stage(train: Callable[[Any], object], config: Any) -> None:
+    """Runs a stage from the shell: a UserError or a full disk is printed as one sentence, with exit status 1."""
     keep_freed_memory()
     try:
         train(config)

@@ -1,7 +1,8 @@
-"""The processes of one launch: do they run the same thing, and are they all alive?
+"""Do all processes of a launch run the same inputs, and are they all alive?
 
-Collectives wait. If one process is killed, stopped or stuck, the others would stand still until a timeout of half an
-hour, or for ever; a thread in each process watches the others' files and ends its own with one sentence.
+A collective waits for every process. If one is killed, stopped or stuck, the others would hang until the timeout of
+half an hour, or for ever. So a thread in each process reads a heartbeat file of every other one, and ends its own
+process with one sentence where another has failed.
 """
 
 import contextlib
@@ -23,17 +24,17 @@ from pipeline.config.errors import UserError
 from pipeline.runtime.hashing import hash_file, hash_value
 from pipeline.runtime.process import processes
 
-BEAT = 1.0  # seconds between signs of life
+SECONDS_BETWEEN_BEATS = 1.0
 
 
 def check_same_inputs(stage: str, facts: Mapping[str, Any]) -> None:
-    """UserError on every process, naming the process and the fact, where they were not all started with the same."""
+    """UserError on every process where a fact, or the code, is not the same on all; it names the process and the fact."""
     package = Path(__file__).parents[1]
     code = sorted((str(file.relative_to(package)), hash_file(file)) for file in package.rglob("*.py"))
-    own = {name: hash_value(fact) for name, fact in {**facts, "code": code}.items()}
-    first, *others = gather_object([own])
-    for rank, found in enumerate(others, 1):
-        for name, value in found.items():
+    hashes = {name: hash_value(fact) for name, fact in {**facts, "code": code}.items()}
+    first, *others = gather_object([hashes])
+    for rank, other in enumerate(others, 1):
+        for name, value in other.items():
             if value != first[name]:
                 raise UserError(
                     f"{stage}: process {rank} was started with other {name} than process 0 ({value[:8]}, not "
@@ -42,20 +43,20 @@ def check_same_inputs(stage: str, facts: Mapping[str, Any]) -> None:
 
 
 class Heartbeat:
-    """Writes this process's phase to a file each second, and reads the other processes' from theirs.
+    """Writes this process's phase to a file each second, and reads the files of the other processes.
 
-    When another has failed, has died on this machine, or has not written for `patience` seconds, this process says so
-    and exits with status 1, wherever its main thread stands. The folder is one that all machines see.
+    When another process has failed, has died on this machine, or has not written for `timeout` seconds, this one prints
+    that and exits with status 1, whatever its main thread is waiting for. All machines must see the folder.
     """
 
-    def __init__(self, stage: str, folder: Path, patience: float) -> None:
-        self.stage, self.folder, self.patience = stage, folder, patience
+    def __init__(self, stage: str, folder: Path, timeout: float) -> None:
+        self.stage, self.folder, self.timeout = stage, folder, timeout
         self.rank, self.world = processes().process_index, processes().num_processes
         self.phase, self.count = "starting", 0
-        self.writing = threading.Lock()
-        self.before: Any = None  # what SIGTERM did
-        self.fd_before = -1
-        self.seen: dict[int, tuple[int, float]] = {}  # by rank: the last count, and when it was new
+        self.write_lock = threading.Lock()
+        self.previous_handler: Any = None  # of SIGTERM
+        self.previous_wakeup_fd = -1
+        self.last_beats: dict[int, tuple[int, float]] = {}  # by rank: the newest count, and when it was first read
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -63,99 +64,101 @@ class Heartbeat:
         if self.world > 1:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("")
-            processes().wait_for_everyone()  # no file of an earlier attempt is read
-            self.woken, self.waker = os.pipe()
+            processes().wait_for_everyone()  # every file of an earlier attempt is replaced before one is read
+            self.wakeup_read, self.wakeup_write = os.pipe()
             if threading.current_thread() is threading.main_thread():
-                # A launcher that has lost one process sends SIGTERM to the rest at once; the cause is worth a look
-                # first. The main thread may stand in a collective, so the signal wakes the watching one.
-                os.set_blocking(self.waker, False)
-                self.before = signal.signal(signal.SIGTERM, lambda *_: None)
-                self.fd_before = signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
+                # A launcher that has lost one process sends SIGTERM to the rest at once. The reason is printed first;
+                # the main thread may be waiting in a collective, so the signal wakes the watching thread.
+                os.set_blocking(self.wakeup_write, False)
+                self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+                self.previous_wakeup_fd = signal.set_wakeup_fd(self.wakeup_write, warn_on_full_buffer=False)
             self.thread.start()
         return self
 
     def enter(self, phase: str) -> None:
-        """Says what this process is about to do."""
+        """Records what this process is about to do."""
         self.phase = phase
         if self.world > 1:
             self._write("")
 
     def stop(self, failure: BaseException | None) -> None:
-        """Ends the watching; a failure is told to the others, and theirs, if they had one first, to the console."""
+        """Ends the watching thread. A failure is written for the other processes; if one of them failed first, that is
+        printed."""
         if self.world == 1:
             return
         self.stopping.set()
         self.thread.join()
-        if self.before is not None:
-            signal.set_wakeup_fd(self.fd_before)
-            signal.signal(signal.SIGTERM, self.before)
+        if self.previous_handler is not None:
+            signal.set_wakeup_fd(self.previous_wakeup_fd)
+            signal.signal(signal.SIGTERM, self.previous_handler)
         if failure is None:
-            with contextlib.suppress(OSError):  # others are still in the folder
+            with contextlib.suppress(OSError):  # the folder still holds other processes' files
                 self._file(self.rank).unlink()
                 self.folder.rmdir()
         else:
             self._write(f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}")
-            if trouble := self._look():  # a collective that fails is mostly another process's fault
-                self._tell(trouble)
-        os.close(self.woken)
-        os.close(self.waker)
+            if reason := self._wait_for_failure():  # a collective fails mostly because of another process
+                self._print_failure(reason)
+        os.close(self.wakeup_read)
+        os.close(self.wakeup_write)
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"{rank}.json"
 
     def _write(self, failure: str) -> None:
-        with self.writing:
+        with self.write_lock:
             self.count += 1
-            own = {"pid": os.getpid(), "host": socket.gethostname(), "count": self.count, "phase": self.phase}
+            beat = {"pid": os.getpid(), "host": socket.gethostname(), "count": self.count, "phase": self.phase}
             temporary = self._file(self.rank).with_suffix(".partial")
-            with contextlib.suppress(OSError):  # a beat that is lost is no reason to stop beating
-                temporary.write_text(json.dumps({**own, "failure": failure}), encoding="utf-8")
+            with contextlib.suppress(OSError):  # the next beat may be written again
+                temporary.write_text(json.dumps({**beat, "failure": failure}), encoding="utf-8")
                 temporary.replace(self._file(self.rank))
 
     def _watch(self) -> None:
         while not self.stopping.is_set():
             self._write("")
-            if trouble := self.trouble():
-                self._leave(trouble)
-            if select.select([self.woken], [], [], BEAT)[0] and signal.SIGTERM in os.read(self.woken, 64):
-                self._leave(self._look())
+            if reason := self.find_failure():
+                self._exit(reason)
+            is_awake = select.select([self.wakeup_read], [], [], SECONDS_BETWEEN_BEATS)[0]
+            if is_awake and signal.SIGTERM in os.read(self.wakeup_read, 64):
+                self._exit(self._wait_for_failure())
 
-    def _look(self) -> str:
-        """What turns out within a second to be wrong with another process, or ''."""
+    def _wait_for_failure(self) -> str:
+        """`find_failure`, tried for a second."""
         for _ in range(5):
-            if trouble := self.trouble():
-                return trouble
+            if reason := self.find_failure():
+                return reason
             time.sleep(0.2)
         return ""
 
-    def _tell(self, trouble: str) -> None:
-        print(f"error: {self.stage}: {trouble}; process {self.rank} stops in {self.phase}", file=sys.stderr, flush=True)
+    def _print_failure(self, reason: str) -> None:
+        print(f"error: {self.stage}: {reason}; process {self.rank} stops in {self.phase}", file=sys.stderr, flush=True)
 
-    def _leave(self, trouble: str) -> NoReturn:
-        """Ends the process where it stands: the main thread may wait for ever in a collective."""
-        if trouble:
-            self._tell(trouble)
-        os._exit(1 if trouble else 128 + signal.SIGTERM)
+    def _exit(self, reason: str) -> NoReturn:
+        """Ends the process at once, without waiting for the main thread, which may hang in a collective."""
+        if reason:
+            self._print_failure(reason)
+        os._exit(1 if reason else 128 + signal.SIGTERM)
 
-    def trouble(self) -> str:
-        """What is wrong with another process, in words, or ''."""
+    def find_failure(self) -> str:
+        """Which other process has failed, died or stopped writing, and in what phase, in words; '' if none has."""
         for rank in range(self.world):
             if rank == self.rank:
                 continue
             try:
                 beat = json.loads(self._file(rank).read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # a process that ends well takes its file away
+            except (OSError, ValueError):  # a process that ends well removes its file
                 continue
-            who = f"process {rank} (pid {beat['pid']} on {beat['host']})"
+            name = f"process {rank} (pid {beat['pid']} on {beat['host']})"
             if beat["failure"]:
-                return f"{who} failed in {beat['phase']}: {beat['failure']}"
+                return f"{name} failed in {beat['phase']}: {beat['failure']}"
             if beat["host"] == socket.gethostname() and not _is_running(beat["pid"]):
-                return f"{who} died in {beat['phase']}"
-            count, since = self.seen.get(rank, (-1, 0.0))
+                return f"{name} died in {beat['phase']}"
+            count, since = self.last_beats.get(rank, (-1, 0.0))
             if beat["count"] != count:
-                self.seen[rank] = (beat["count"], time.monotonic())
-            elif time.monotonic() - since > self.patience:
-                return f"{who} has given no sign of life for {self.patience:.0f} s, in {beat['phase']}"
+                self.last_beats[rank] = (beat["count"], time.monotonic())
+            elif time.monotonic() - since > self.timeout:
+                return f"{name} has given no sign of life for {self.timeout:.0f} s, in {beat['phase']}"
         return ""
 
 

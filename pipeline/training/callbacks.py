@@ -27,10 +27,15 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, run: StageRun) -> None:
         self.run, self.started = run, time.monotonic()
+        self.shown: dict[str, str] = {}  # beside the progress: the numbers of the last log line
         self.earlier_tokens = run.resume_from.facts["state"]["tokens"] if run.resume_from else 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.run.heartbeat.phase = f"step {state.global_step}"  # steps are short: the next beat will write it
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step < state.max_steps:  # log lines may be minutes apart
+            self.run.show_progress(state.max_steps, state.global_step, **self.shown)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
@@ -46,10 +51,10 @@ class MetricsCallback(TrainerCallback):
             (metrics["tokens"] - self.earlier_tokens) / (time.monotonic() - self.started)
         )
         self.run.log(state.global_step, metrics)
-        shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_second']:,}"}
+        self.shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_second']:,}"}
         if "accuracy" in metrics:
-            shown["accuracy"] = f"{metrics['accuracy']:.3f}"
-        self.run.show_progress(state.max_steps, state.global_step, **shown)
+            self.shown["accuracy"] = f"{metrics['accuracy']:.3f}"
+        self.run.show_progress(state.max_steps, state.global_step, **self.shown)
 
 
 class CheckpointCallback(TrainerCallback):

@@ -170,7 +170,7 @@ class Log:
     stage = "toy"
     heartbeat = SimpleNamespace(enter=lambda phase: None)
     config = SimpleNamespace(run=RUN)
-    resumed = None
+    resume_from = None
 
     def __init__(self):
         self.rows = []
@@ -182,7 +182,7 @@ class Log:
     def log(self, step, metrics):
         self.rows.append((step, metrics))
 
-    def progress(self, total, done, **shown):
+    def show_progress(self, total, done, **shown):
         self.shown = (total, done)
 
 
