@@ -11,9 +11,9 @@ from pipeline.config.stages import Chat
 def main() -> None:
     config = parse(Chat)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import chat
-    from pipeline.runtime.process import stage_main
+    from pipeline.runtime.process import run_stage
 
-    stage_main(chat.talk, config)
+    run_stage(chat.talk, config)
 
 
 if __name__ == "__main__":

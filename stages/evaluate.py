@@ -11,9 +11,9 @@ from pipeline.config.stages import Evaluate
 def main() -> None:
     config = parse(Evaluate)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import evaluate
-    from pipeline.runtime.process import stage_main
+    from pipeline.runtime.process import run_stage
 
-    stage_main(evaluate.train, config)
+    run_stage(evaluate.train, config)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ def main() -> None:
         return
     config = parse(Merge)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import merge
-    from pipeline.runtime.process import stage_main
+    from pipeline.runtime.process import run_stage
 
-    stage_main(merge.train, config)
+    run_stage(merge.train, config)
 
 
 def run_command(command: str, arguments: list[str]) -> None:
@@ -37,7 +37,7 @@ def run_command(command: str, arguments: list[str]) -> None:
     from pipeline.adapters.merge import merge
     from pipeline.adapters.search import search
     from pipeline.adapters.verify import verify
-    from pipeline.runtime.process import stage_main
+    from pipeline.runtime.process import run_stage
 
     commands: dict[str, Callable[[Any], object]] = {
         "compose": compose,
@@ -46,7 +46,7 @@ def run_command(command: str, arguments: list[str]) -> None:
         "merge": merge,
         "search": search,
     }
-    stage_main(commands[command], config)
+    run_stage(commands[command], config)
 
 
 if __name__ == "__main__":

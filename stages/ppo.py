@@ -11,9 +11,9 @@ from pipeline.config.stages import PPO
 def main() -> None:
     config = parse(PPO)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import ppo
-    from pipeline.runtime.process import stage_main
+    from pipeline.runtime.process import run_stage
 
-    stage_main(ppo.train, config)
+    run_stage(ppo.train, config)
 
 
 if __name__ == "__main__":

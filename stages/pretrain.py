@@ -11,9 +11,9 @@ from pipeline.config.stages import Pretrain
 def main() -> None:
     config = parse(Pretrain)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import pretrain
-    from pipeline.runtime.process import stage_main
+    from pipeline.runtime.process import run_stage
 
-    stage_main(pretrain.train, config)
+    run_stage(pretrain.train, config)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pipeline.config.stages import Reward
 def main() -> None:
     config = parse(Reward)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import reward
-    from pipeline.runtime.process import stage_main
+    from pipeline.runtime.process import run_stage
 
-    stage_main(reward.train, config)
+    run_stage(reward.train, config)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pipeline.config.stages import SFT
 def main() -> None:
     config = parse(SFT)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import sft
-    from pipeline.runtime.process import stage_main
+    from pipeline.runtime.process import run_stage
 
-    stage_main(sft.train, config)
+    run_stage(sft.train, config)
 
 
 if __name__ == "__main__":

@@ -87,43 +87,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The second is an adapter on the policy, as a role of PPO has to be.
     """
-    folder = tmp_path_factory.mktemp("ranks")
-    words = ["cat", "dog", "hat", "sea"]
-    texts = [f"the {a} saw the {b} and the {c}." for a in words for b in words for c in words[:2]]
-
-    def write(name: str, rows: list[dict]) -> str:
-        file = folder / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return str(file)
-
-    corpus = write("texts", [{"text": text} for text in texts])
-    demonstrations = write("demonstrations", [{"prompt": t[:11], "completion": t[11:]} for t in texts])
-    pairs = write("pairs", [{"chosen": t, "rejected": t[::-1], "margin": n % 3} for n, t in enumerate(texts)])
-    prompts = write("prompts", [{"prompt": text[: 8 + n % 5]} for n, text in enumerate(texts)])
-    run = Run(recipe="parents", runs=str(folder), precision="fp32", report_to="none", seed=7)
-    optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=8)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "context": 48,
-        "sample_tokens": 4,
-    }
-    pretrain.train(Pretrain(run=run, optim=optim, train_file=corpus, validation_file=corpus, tokenizer="char", **sizes))
-    sft.train(SFT(run=run, optim=optim, train_file=demonstrations, validation_file=demonstrations))
-    scorer = Reward(
-        run=run, optim=optim, train_file=pairs, validation_file=pairs, test_file=pairs, prompts_file=prompts,
-        centre_prompts=20, sampling=Sampling(max_new_tokens=8, max_prompt_tokens=16),
-    )  # fmt: skip
-    reward.train(scorer)
-    policy = str(folder / "parents/sft/final")
-    reward.train(
-        replace(
-            scorer, run=replace(run, recipe="parents_lora"), adapter=Adapter(adapter="lora", lora_r=3), base=policy,
-            sft=policy,
-        )
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny")
+    make_parents(folder)
     return folder
 
 

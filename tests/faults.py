@@ -1,4 +1,4 @@
-"""PPO on two processes, the second of which is killed, stops or raises while it scores, for tests/test_distributed.py.
+"""PPO on two processes, the second of which is killed, stops or raises while it scores, for tests/chain/test_launches.py.
 
 accelerate launch --config_file configs/accelerate/ddp.yaml tests/faults.py FOLDER NAME kill|stop|raise|differ
 """
@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from ranks import configs
+from tiny import configs
 
 from pipeline import ppo
 from pipeline.config.stages import PPO
-from pipeline.runtime.process import processes, stage_main
+from pipeline.runtime.process import processes, run_stage
 
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
@@ -26,7 +26,7 @@ def main(folder: Path, name: str, fault: str) -> None:
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, patience=6.0), critic="sft")
     is_second = processes().process_index == 1
     if fault == "differ":
-        stage_main(ppo.train, dataclasses.replace(config, kl_coef=0.3 if is_second else 0.1))
+        run_stage(ppo.train, dataclasses.replace(config, kl_coef=0.3 if is_second else 0.1))
     calls = 0
 
     def score(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def main(folder: Path, name: str, fault: str) -> None:
             os.kill(os.getpid(), FAULTS[fault])
         return mask.sum(1).float()
 
-    stage_main(lambda given: ppo.train(given, score), config)
+    run_stage(lambda given: ppo.train(given, score), config)
 
 
 if __name__ == "__main__":

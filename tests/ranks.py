@@ -1,8 +1,8 @@
-"""All stages in one launch, for tests/test_distributed.py: what several processes leave is compared with what one does.
+"""Updates and stages in one launch: what several processes leave is compared with what one does.
 
-    accelerate launch --config_file configs/accelerate/zero3.yaml tests/ranks.py FOLDER NAME
+    accelerate launch --config_file configs/accelerate/zero3.yaml tests/ranks.py FOLDER NAME ITEM...
 
-FOLDER has the parents (see the test); everything goes to FOLDER/NAME/.
+FOLDER has the parents of `tiny.make_parents`; each of the ITEMS leaves its work in FOLDER/NAME/.
 """
 
 import dataclasses
@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from experiences import to_experience
 from safetensors.torch import save_file
+from tiny import LORA, SAMPLING, configs
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pipeline import ppo, pretrain, reward, sft
-from pipeline.config.dials import Adapter, Optim, Run, Sampling
-from pipeline.config.stages import PPO, SFT, Pretrain, Reward
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.actor_critic import ActorCritic, add_reward_model
 from pipeline.models.heads import Critic, ValueHead, load_reward_model
 from pipeline.models.loading import Policy, load_language_model, unwrap_peft, wrap_with_adapter
-from pipeline.models.sharding import full_state_dict
+from pipeline.models.sharding import full_state_dict, is_sharded
 from pipeline.rl import monitor, setup
 from pipeline.rl.rollout import Rollout, generate
 from pipeline.runtime.console import silence_libraries
@@ -35,58 +37,6 @@ from pipeline.runtime.launch import new_accelerator
 from pipeline.runtime.precision import autocast
 from pipeline.runtime.process import processes
 from pipeline.runtime.stage_run import StageRun
-
-SAMPLING = Sampling(max_new_tokens=8, max_prompt_tokens=16, temperature=0.7)
-LORA = Adapter(adapter="lora", lora_r=2)
-
-
-def configs(folder: Path, runs: Path, recipe: str) -> dict[str, Pretrain | SFT | Reward | PPO]:
-    """Every stage, full and with an adapter, on the parents of `folder`; batches divide by one and by two processes.
-
-    `ppo_roles` has policy, reference, critic and reward model on one base.
-    """
-    run = Run(recipe=recipe, runs=str(runs), precision="fp32", report_to="none")
-    optim = Optim(learning_rate=1e-2, batch_size=8, micro_batch=2)
-    final = {stage: str(folder / f"parents/{stage}/final") for stage in ("pretrain", "sft", "reward")}
-    file = {name: str(folder / f"{name}.jsonl") for name in ("texts", "demonstrations", "pairs", "prompts")}
-    tuned = SFT(
-        run=run, optim=optim, base=final["pretrain"], train_file=file["demonstrations"],
-        validation_file=file["demonstrations"],
-    )  # fmt: skip
-    aligned = PPO(
-        run=run, adapter=LORA, sampling=SAMPLING, sft=final["sft"], reward=final["reward"], train_file=file["prompts"],
-        validation_file=file["prompts"], rollouts=3, rollout_batch=8, micro_batch=2, num_ppo_epochs=2,
-        num_mini_batches=2,
-        critic_warmup=1, eval_steps=2, eval_prompts=6, learning_rate=3e-3, keep="last",
-        max_grad_norm=1e9,
-    )  # fmt: skip
-    scorer = Reward(
-        run=run, optim=optim, base=final["pretrain"], sft=final["sft"], train_file=file["pairs"],
-        validation_file=file["pairs"], test_file=file["pairs"], prompts_file=file["prompts"], centre_prompts=20,
-        sampling=SAMPLING,
-    )  # fmt: skip
-    elsewhere = partial(dataclasses.replace, run)
-    return {
-        "pretrain": Pretrain(
-            run=run, optim=optim, train_file=file["texts"], validation_file=file["texts"], tokenizer="char",
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, context=48,
-            sample_tokens=4, max_steps=2,
-        ),
-        "sft": tuned,
-        "sft_lora": dataclasses.replace(tuned, run=elsewhere(recipe=f"{recipe}_lora"), adapter=LORA),
-        "reward": scorer,
-        "reward_lora": dataclasses.replace(scorer, run=elsewhere(recipe=f"{recipe}_lora"), adapter=LORA),
-        "ppo": aligned,
-        "ppo_full": dataclasses.replace(
-            aligned, run=elsewhere(recipe=f"{recipe}_full"), adapter=Adapter(adapter="none"), critic="head",
-            max_grad_norm=0.1,
-        ),
-        "ppo_roles": dataclasses.replace(
-            aligned, run=elsewhere(recipe=f"{recipe}_roles"),
-            reward=str(folder / "parents_lora/reward/final"),
-        ),
-    }  # fmt: skip
-
 
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
 
@@ -112,6 +62,35 @@ def cut_off(after: int) -> Iterator[None]:
         pass
     finally:
         StageRun.save_checkpoint = save  # type: ignore[method-assign]
+
+
+def shard_everything() -> None:
+    """Has ZeRO-3 cut the smallest weight too, where it keeps whole what has under 100,000 numbers; and looks.
+
+    Under ZeRO-3 and FSDP2 no process may have all of a weight once a module is prepared.
+    """
+    complete, prepare = DeepSpeedPlugin.__post_init__, Accelerator.prepare
+
+    def completed(plugin: DeepSpeedPlugin) -> None:
+        complete(plugin)
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    def prepared(accelerator: Accelerator, *given: Any, **named: Any) -> Any:
+        made = prepare(accelerator, *given, **named)
+        for module in given if is_sharded(accelerator) else ():
+            for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+                assert is_cut(parameter), f"{name} is whole on this process"
+        return made
+
+    DeepSpeedPlugin.__post_init__, Accelerator.prepare = completed, prepared  # type: ignore[method-assign]
+
+
+def is_cut(parameter: Any) -> bool:
+    """Whether this process has a part of a weight that can be cut: ZeRO-3 cuts any two numbers, FSDP2 any two rows."""
+    if hasattr(parameter, "ds_id"):
+        is_let_go = parameter.numel() == 0 and not parameter.ds_persist  # after each use
+        return is_let_go and parameter.ds_tensor.numel() < max(2, parameter.ds_numel)
+    return isinstance(parameter, DTensor) and len(parameter.to_local()) < max(2, len(parameter))
 
 
 def changed(config: Any, **values: Any) -> Any:
@@ -186,36 +165,39 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     accelerator.free_memory()
 
 
-def fresh(train: Callable[[Any], object], config: Any) -> None:
-    train(config)
+UPDATES = ("fixed", "fixed_full", "fixed_roles", "fixed_roles_again", "fixed_bf16", "fixed_nan")
+WHOLE = ("pretrain", "sft", "sft_lora", "reward", "reward_lora", "ppo", "ppo_full", "ppo_roles")
+CUT = ("cut_sft", "cut_ppo_full", "cut_ppo_roles")
+ITEMS = (*UPDATES, *WHOLE, *CUT)
+
+
+def do(item: str, folder: Path, out: Path) -> None:
+    """One of ITEMS; or `resume_sft` and the like, the second part alone of what is cut off."""
+    kind, _, stage = item.partition("_")
+    if item in UPDATES:
+        fixed_update(folder, out, item)
+    elif item in WHOLE:
+        STAGES[kind].train(configs(folder, out, "tiny")[item])
+    else:
+        config = changed(configs(folder, out, "cut")[stage], save_steps=1)
+        train, name = STAGES[stage.partition("_")[0]].train, stage[:3]
+        if kind == "cut":
+            with cut_off(2):
+                train(config)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            if processes().is_main_process:  # for another launch to go on with
+                shutil.copytree(config.run.folder(name), out / "left" / config.run.recipe / name)
+            processes().wait_for_everyone()
+        train(config)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-FIXED = ("fixed", "fixed_full", "fixed_roles", "fixed_roles_again")
-UPDATES = (*FIXED, "fixed_bf16", "fixed_nan")
-RESUMED = ("sft", "ppo_full", "ppo_roles")
-
-
-def main(folder: Path, name: str, what: str = "all") -> None:
+def main(folder: Path, name: str, *items: str) -> None:
     silence_libraries()
-    out = folder / name
-    out.mkdir(exist_ok=True)
-    for kind in UPDATES if what in ("all", "updates") else ():
-        fresh(partial(fixed_update, folder, out), kind)
-    stages = configs(folder, out, "tiny")
-    for stage in stages if what in ("all", "stages") else ():
-        fresh(STAGES[stage.split("_")[0]].train, stages[stage])
-    cut = {stage: changed(configs(folder, out, "cut")[stage], save_steps=1) for stage in RESUMED}
-    if what == "all":
-        for stage in RESUMED:  # the last checkpoint of one is left for another launch
-            with cut_off(2):
-                STAGES[stage.split("_")[0]].train(cut[stage])
-            AcceleratorState._reset_state(reset_partial_state=True)
-            if processes().is_main_process:
-                shutil.copytree(cut[stage].run.folder(stage[:3]), out / "left" / cut[stage].run.recipe / stage[:3])
-            processes().wait_for_everyone()
-    for stage in RESUMED if what in ("all", "resume") else ():
-        fresh(STAGES[stage.split("_")[0]].train, cut[stage])
+    shard_everything()
+    (folder / name).mkdir(exist_ok=True)
+    for item in items:
+        do(item, folder, folder / name)
     print(f"rank {processes().process_index}: all done", flush=True)
 
 

@@ -18,7 +18,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "checkpoints provenance",
         "stage_run",
     ),
-    "data": ("imdb sources tokenizer", "formats", "tokenize", "prompts"),
+    "data": ("near_duplicates imdb_texts", "imdb_rows", "imdb sources tokenizer", "formats", "tokenize", "prompts"),
     "evaluation": ("statistics", "text report", "judges"),
     "models": ("multi_adapter sharding", "loading", "saving", "forward", "heads", "actor_critic"),
     "rl": ("rollout rewards", "experience", "setup update", "monitor", "progress"),

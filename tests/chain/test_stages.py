@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from pipeline import evaluate, merge, ppo, pretrain, reward, sft
 from pipeline.config.parse import Config, flat, parse
 from pipeline.config.stages import PPO, SFT
-from pipeline.runtime.process import stage_main
+from pipeline.runtime.process import run_stage
 from pipeline.runtime.finished import read_done, verify_files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -157,7 +157,7 @@ def test_a_second_run_skips_and_leaves_every_file_untouched(chain, stage, capsys
 def test_a_changed_dial_is_refused_by_name(chain, stage, dial, value):
     before = snapshot(chain.runs)
     with pytest.raises(SystemExit) as stopped:
-        stage_main(STAGES[stage].train, parse(KINDS[stage], dials(stage, chain.runs, f"--{dial}", value)))
+        run_stage(STAGES[stage].train, parse(KINDS[stage], dials(stage, chain.runs, f"--{dial}", value)))
     assert stopped.value.code.startswith(f"error: {chain.final(stage)} was made from other inputs ({dial}: ")
     assert snapshot(chain.runs) == before
 
@@ -403,7 +403,7 @@ def test_a_mistake_is_one_sentence_and_harms_nothing(chain, stage, mistake, says
     before = snapshot(chain.runs)
     more = [f"--{dial}={place}" for dial, place in known.items()] + mistake(chain, tmp_path).split()
     with pytest.raises(SystemExit, match="^error: .*" + says) as stopped:
-        stage_main(STAGES[stage].train, parse(KINDS[stage], dials(stage, tmp_path / "runs", *more)))
+        run_stage(STAGES[stage].train, parse(KINDS[stage], dials(stage, tmp_path / "runs", *more)))
     assert len(stopped.value.code) < 600
     assert not list(tmp_path.glob("runs/smoke/*/final*"))
     assert snapshot(chain.runs) == before

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.formats import FORMS, read_rows, display_text, transcript
+from pipeline.data.formats import FORMS, display_text, read_rows, transcript
 from pipeline.data.sources import DataError
 
 USER = {"role": "user", "content": "Hi?"}

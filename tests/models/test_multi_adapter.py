@@ -81,7 +81,7 @@ def parents(saved, tokenizer, tmp_path_factory):
             scorer = dataclasses.replace(dials, lora_r=2)
             model = wrap_with_adapter(new_reward_model(saved[kind], tokenizer), scorer, TaskType.SEQ_CLS)
             model.config.score_shift = SHIFT
-            reward.save(disturbed(model, 2), tokenizer, IDS.tolist(), folder / "reward")
+            reward.save_reward_model(disturbed(model, 2), tokenizer, IDS.tolist(), folder / "reward")
             shutil.copytree(saved[kind], folder / "base")
         return folder
 
@@ -454,7 +454,7 @@ def test_a_reward_model_that_would_load_otherwise_is_never_finished(parents, tok
 
     monkeypatch.setattr(reward, "save_with_base", without_the_trained_head)
     with pytest.raises(ModelError, match="scores texts otherwise than what was trained, by up to"):
-        reward.save(disturbed(model, 2), tokenizer, IDS.tolist(), tmp_path)
+        reward.save_reward_model(disturbed(model, 2), tokenizer, IDS.tolist(), tmp_path)
 
 
 # reward training
@@ -526,7 +526,7 @@ def test_the_stage_with_four_roles(sft, parents, tmp_path):
 def test_a_full_reward_model_stands_outside_as_before(parents, saved, tokenizer, tmp_path):
     folder = parents("llama", LORA)
     model = new_reward_model(saved["llama"], tokenizer)
-    reward.save(model.eval(), tokenizer, IDS.tolist(), tmp_path / "full")
+    reward.save_reward_model(model.eval(), tokenizer, IDS.tolist(), tmp_path / "full")
     policy = load_policy(folder / "sft", LORA)
     own = add_reward_model(tmp_path / "full", policy)
     assert not isinstance(own, ValueHead)

@@ -126,6 +126,6 @@ def test_pieces_of_another_launch_are_refused_with_its_command(interrupted, made
 
 
 def test_none_are_made_when_none_are_asked_for(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "save", None)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", None)
     for name in ("sft", "ppo"):
         train(name, changed(settings(name, folder, tmp_path), save_steps=0))

@@ -176,7 +176,7 @@ class Log:
         self.rows = []
         self.checkpoints = []
 
-    def checkpoint(self, step, write, state):
+    def save_checkpoint(self, step, write, state):
         self.checkpoints.append((step, state))
 
     def log(self, step, metrics):
