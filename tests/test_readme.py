@@ -78,6 +78,29 @@ def test_a_function_is_where_the_readme_says(name):
     assert callable(getattr(importlib.import_module(f"pipeline.{module}"), function))
 
 
+MODULES = {
+    path.relative_to(ROOT / "pipeline").with_suffix("").as_posix()
+    for path in (ROOT / "pipeline").rglob("*.py")
+    if path.stem != "__init__"
+}
+
+
+def test_the_map_names_every_module():
+    """Each package in a row of its own, each module in its package's row, and nothing that is not there."""
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \| (.*) \|$", README.split("## Finding one's way")[1].split("to change")[0], re.M)
+    )
+    named = {f"{package}/{module}" for package, row in rows.items() for module in re.findall(r"`(\w+)`", row)}
+    assert named == {module for module in MODULES if "/" in module}
+
+
+def test_the_readers_guide_opens_files_that_are_there():
+    guide = README.split("| to change | open |")[1].split("```")[0]
+    files = re.findall(r"`(\w+/\w+)\.py`", guide)
+    assert len(files) > 15
+    assert set(files) <= MODULES
+
+
 def test_the_planted_bugs_are_counted():
     assert f"of {len(mutants.PLANTED)} bugs" in " ".join(README.split())
 
