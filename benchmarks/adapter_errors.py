@@ -1,4 +1,4 @@
-"""Relative errors of adapter sums: PEFT's add_weighted_adapter and pipeline.algebra against the sum worked out densely.
+"""Relative errors of adapter sums: PEFT's add_weighted_adapter and pipeline.adapters against the dense sum.
 
     python benchmarks/adapter_errors.py [--size 2048]
 
@@ -18,7 +18,8 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from pipeline.adapters.algebra import Factors, Scales, Update, add, compress, compressed, factors
+from pipeline.adapters.compression import compress_factors, compress_update
+from pipeline.adapters.updates import Factors, ModuleUpdate, Scales, Update, add, scaled_factors
 from pipeline.evaluation.report import markdown_table
 
 IN, OUT = 24, 32
@@ -48,7 +49,7 @@ class Layer(nn.Module):
         return torch.cat([self.linear(x), self.second(x)], -1)
 
 
-def loaded(configs: Sequence[Any]) -> PeftModel:
+def make_model(configs: Sequence[Any]) -> PeftModel:
     """The layer with an adapter for each config, named 0, 1, ..., away from their start."""
     model = get_peft_model(Layer(), configs[0], adapter_name="0")
     for number, config in enumerate(configs[1:], 1):
@@ -62,7 +63,7 @@ def loaded(configs: Sequence[Any]) -> PeftModel:
 
 
 @torch.no_grad()
-def change(model: PeftModel, adapter: str) -> Tensor:
+def adapter_change(model: PeftModel, adapter: str) -> Tensor:
     """What the adapter adds to the outputs for the unit vectors and for 0, float64."""
     x = torch.cat([torch.eye(IN), torch.zeros(1, IN)])
     model.base_model.set_adapter(adapter)
@@ -71,24 +72,24 @@ def change(model: PeftModel, adapter: str) -> Tensor:
         return with_it - model(x).double()
 
 
-def update_of(model: PeftModel, adapter: str) -> Update:
+def read_update(model: PeftModel, adapter: str) -> Update:
     """The adapter as the algebra takes it."""
-    found: dict[str, Factors | Scales] = {}
+    update: dict[str, ModuleUpdate] = {}
     for name in ("linear", "second"):
         layer = getattr(model.base_model.model, name)
         if adapter in getattr(layer, "lora_A", {}):
             a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter]
             bias = None if b.bias is None else b.bias.detach()
-            found[name] = factors(b.weight.detach(), a, layer.scaling[adapter], bias)
+            update[name] = scaled_factors(b.weight.detach(), a, layer.scaling[adapter], bias)
         elif adapter in getattr(layer, "ia3_l", {}):
-            found[name] = Scales(layer.ia3_l[adapter].detach().double().flatten(), False)
-    return found
+            update[name] = Scales(layer.ia3_l[adapter].detach().double().flatten(), False)
+    return update
 
 
 @torch.no_grad()
-def ours(model: PeftModel, weights: Sequence[float]) -> Tensor:
+def add_here(model: PeftModel, weights: Sequence[float]) -> Tensor:
     """The change of the sum, compressed without loss and loaded by PEFT in fp32."""
-    update, _ = compress(add([(str(n), weight, update_of(model, str(n))) for n, weight in enumerate(weights)]))
+    update, _ = compress_update(add([(str(n), weight, read_update(model, str(n))) for n, weight in enumerate(weights)]))
     first = next(iter(update.values()))
     if isinstance(first, Scales):
         config: Any = IA3Config(target_modules=list(update), feedforward_modules=[])
@@ -108,10 +109,10 @@ def ours(model: PeftModel, weights: Sequence[float]) -> Tensor:
         layer.lora_B["default"].weight.copy_(part.b)
         if part.bias is not None:
             layer.lora_B["default"].bias.copy_(part.bias)
-    return change(fresh, "default")
+    return adapter_change(fresh, "default")
 
 
-def peft(mode: str) -> Callable[[PeftModel, Sequence[float]], Tensor]:
+def add_by_peft(mode: str) -> Callable[[PeftModel, Sequence[float]], Tensor]:
     """The change of the sum by add_weighted_adapter."""
 
     def combine(model: PeftModel, weights: Sequence[float]) -> Tensor:
@@ -120,27 +121,27 @@ def peft(mode: str) -> Callable[[PeftModel, Sequence[float]], Tensor]:
         model.base_model.add_weighted_adapter(
             names, list(weights), "sum", **({} if ia3 else {"combination_type": mode})
         )
-        return change(model, "sum")
+        return adapter_change(model, "sum")
 
     return combine
 
 
-def errors(kind: str, combine: Callable[[PeftModel, Sequence[float]], Tensor]) -> str:
+def format_errors(kind: str, combine: Callable[[PeftModel, Sequence[float]], Tensor]) -> str:
     """Relative error for each of WEIGHTS, or that it was refused; every case has a fresh model."""
-    told = []
+    cells = []
     for weights in WEIGHTS:
-        model = loaded(KINDS[kind])
-        exact = sum(w * change(model, str(number)) for number, w in enumerate(weights))
+        model = make_model(KINDS[kind])
+        exact = sum(w * adapter_change(model, str(number)) for number, w in enumerate(weights))
         try:
-            found = combine(model, weights)
+            change = combine(model, weights)
         except ValueError:
-            told.append("refused")
+            cells.append("refused")
             continue
-        told.append(f"{((found - exact).norm() / exact.norm()).item():.2g}".replace("e-0", "e-"))
-    return " · ".join(told)
+        cells.append(f"{((change - exact).norm() / exact.norm()).item():.2g}".replace("e-0", "e-"))
+    return " · ".join(cells)
 
 
-def seconds(work: Callable[[], object]) -> float:
+def measure_seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -155,20 +156,20 @@ def main() -> None:
     rows = [
         (
             kind,
-            *(errors(kind, peft(mode)) if kind != "IA3" or mode == MODES[0] else "" for mode in MODES),
-            errors(kind, ours),
+            *(format_errors(kind, add_by_peft(mode)) if kind != "IA3" or mode == MODES[0] else "" for mode in MODES),
+            format_errors(kind, add_here),
         )
         for kind in KINDS
     ]
     print("\n".join(markdown_table(header, rows)))
     print(f"\nweights {' · '.join(str(list(weights)) for weights in WEIGHTS)}")
     g = torch.Generator().manual_seed(0)
-    halves = [factors(torch.randn(size, 32, generator=g), torch.randn(32, size, generator=g)) for _ in range(2)]
+    halves = [scaled_factors(torch.randn(size, 32, generator=g), torch.randn(32, size, generator=g)) for _ in range(2)]
     both = add([("a", 1.0, {"m": halves[0]}), ("b", -0.5, {"m": halves[1]})])["m"]
     assert isinstance(both, Factors)
     whole = (both.b @ both.a).float()
-    small = min(seconds(lambda: compressed(both, 32)) for _ in range(3))
-    full = seconds(lambda: torch.linalg.svd(whole, full_matrices=True))
+    small = min(measure_seconds(lambda: compress_factors(both, 32)) for _ in range(3))
+    full = measure_seconds(lambda: torch.linalg.svd(whole, full_matrices=True))
     print(f"{size} x {size}, 64 ranks to 32: {small:.3f} s, full SVD in fp32 {full:.1f} s: {full / small:.0f} times")
 
 

@@ -64,10 +64,11 @@ def one_adapter(folder: Path, checkpointing: bool) -> None:
     from pipeline.core.losses import next_token_loss
     from pipeline.core.tensors import masked_mean
     from pipeline.models.loading import load_policy, unwrap_peft
+    from pipeline.runtime.internals import enable_activation_checkpointing
 
     model = load_policy(folder / "sft", Adapter(adapter="lora")).train()
     if checkpointing:
-        unwrap_peft(model).gradient_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(unwrap_peft(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
     for _ in range(2):
         ids = torch.randint(10, 300, (ROWS, PROMPT + RESPONSE))

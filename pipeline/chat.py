@@ -1,4 +1,4 @@
-"""Talking to base, SFT and PPO side by side: the same prompt, the same noise, each with its own memory of the talk."""
+"""Chat with base, SFT and PPO side by side: the same prompts, the same sampling noise, a history for each policy."""
 
 from dataclasses import replace
 
@@ -32,42 +32,43 @@ def talk(config: Chat) -> None:
     }
     sampling = config.sampling
     for name, model in models.items():
-        room = getattr(model.config, "max_position_embeddings", 10**9) - sampling.max_new_tokens
+        longest = getattr(model.config, "max_position_embeddings", 10**9) - sampling.max_new_tokens
         check_model(unwrap_peft(model), tokenizer, sampling.max_new_tokens + 1, paths[name])
-        sampling = replace(sampling, max_prompt_tokens=min(room, sampling.max_prompt_tokens))
+        sampling = replace(sampling, max_prompt_tokens=min(longest, sampling.max_prompt_tokens))
     if config.prompt:
         answer(config.prompt, {}, models, tokenizer, sampling, config.run.seed)
         return
     console.print(HELP)
-    said: dict[str, Text] = {}
+    histories: dict[str, Text] = {}
     while prompt := console.input("> ").rstrip():
-        said = {} if prompt == "/new" else answer(prompt, said, models, tokenizer, sampling, config.run.seed)
+        histories = {} if prompt == "/new" else answer(prompt, histories, models, tokenizer, sampling, config.run.seed)
 
 
 def answer(
     prompt: str,
-    said: dict[str, Text],
+    histories: dict[str, Text],
     models: dict[str, Policy],
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
     seed: int,
 ) -> dict[str, Text]:
-    """Prints each policy's answer as it is written, and returns what each has said and heard so far.
+    """Prints each policy's answer as it is sampled, and returns the histories with prompt and answer added.
 
-    With a chat template the prompt is the user's next turn; without one it goes on with the text.
+    With a chat template the prompt is the user's next message; without one it is appended to the text.
     """
-    now: dict[str, Text] = {}
+    updated: dict[str, Text] = {}
     for name, model in models.items():
-        asked: Text
+        history: Text
         if tokenizer.chat_template is None:
-            asked = "".join([str(said.get(name, "")), prompt])
+            history = "".join([str(histories.get(name, "")), prompt])
             console.print(f"{name:>5}: {prompt}", end="", markup=False)
         else:
-            asked = [*said.get(name, []), {"role": "user", "content": prompt}]
+            history = [*histories.get(name, []), {"role": "user", "content": prompt}]
             console.print(f"{name:>5}: ", end="", markup=False)
         torch.manual_seed(seed)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        rollout = generate(model, tokenizer, [asked], sampling, streamer)
+        rollout = generate(model, tokenizer, [history], sampling, streamer)
         text = decode(tokenizer, rollout.responses[0].tolist())
-        now[name] = asked + text if isinstance(asked, str) else [*asked, {"role": "assistant", "content": text.strip()}]
-    return now
+        reply = {"role": "assistant", "content": text.strip()}
+        updated[name] = history + text if isinstance(history, str) else [*history, reply]
+    return updated

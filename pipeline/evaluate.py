@@ -1,4 +1,4 @@
-"""Stage 6: did alignment work, and is the text still text? Base, SFT and PPO on the same held-out prompts."""
+"""Stage 6: base, SFT and PPO on the same held-out prompts. Is PPO better by the judges, and is its text still text?"""
 
 import json
 import math
@@ -20,7 +20,7 @@ from pipeline.data.prompts import read_prompts
 from pipeline.data.sources import hash_sources
 from pipeline.data.tokenizer import load_shared_tokenizer
 from pipeline.evaluation.judges import Classifier, Vader, fit_judge
-from pipeline.evaluation.report import show, write
+from pipeline.evaluation.report import print_report, write_report
 from pipeline.evaluation.statistics import (
     length_controlled_difference,
     mean_ci,
@@ -54,7 +54,7 @@ class PolicyResponses:
 
     @property
     def perplexity(self) -> float:
-        """Perplexity per token of the text under the pretrained model, which knows EOS only as a review's end."""
+        """Per token under the pretrained model, without EOS, which that model has seen only after whole texts."""
         return math.exp(self.base_nll.sum() / max(1, (self.length - self.has_eos).sum()))
 
 
@@ -71,23 +71,24 @@ def train(config: Evaluate) -> Path:
         hash_sources(file for file in (config.prompts_file, config.judge_file) if file),
     )
     if stage.is_finished():
-        show(json.loads((stage.final / "evaluation.json").read_text(encoding="utf-8")), stage.final, paths["ppo"])
+        report = json.loads((stage.final / "evaluation.json").read_text(encoding="utf-8"))
+        print_report(report, stage.final, paths["ppo"])
         return stage.final
     with stage:
         tokenizer = load_shared_tokenizer({"sft": paths["sft"], **paths, "reward": reward})
         prompts = read_prompts(config.prompts_file, config.prompts, tokenizer, config)
         classifier = fit_judge(config.judge_file, config.run.seed) if config.judge_file else None
         measured = measure(prompts, tokenizer, paths, reward, classifier, config, stage)
-        asked = [display_text(prompt) for prompt in prompts]
-        report = compare(measured, asked, classifier)
+        prompt_texts = [display_text(prompt) for prompt in prompts]
+        report = compare(measured, prompt_texts, classifier)
         rows = [
             {"prompt": prompt} | {name: measured[name].texts[i] for name in measured}
             | {f"{name}_score": round(float(measured[name].score[i]), 3) for name in measured}
-            for i, prompt in enumerate(asked)
+            for i, prompt in enumerate(prompt_texts)
         ]  # fmt: skip
         stage.log_samples(rows)
-        final = stage.finish(partial(write, report, rows[: config.show]), headline(report))
-    show(report, final, paths["ppo"])
+        final = stage.finish(partial(write_report, report, rows[: config.show]), headline(report))
+    print_report(report, final, paths["ppo"])
     return final
 
 
@@ -190,15 +191,15 @@ def policy_report(responses: PolicyResponses, prompts: Sequence[str]) -> dict[st
 
 
 def health(sft: dict[str, Any], ppo: dict[str, Any]) -> list[dict[str, Any]]:
-    """What must hold for the text to be text still: each figure, its bounds (None: unbounded), whether it is inside."""
+    """Signs that the policy still writes text: each figure, its bounds (None: no bound), and whether it is inside."""
     before, after = sft["text"], ppo["text"]
     word, share = next(iter(after["commonest_content_words"]), ("none", 0.0))
-    perplexity = over(ppo["perplexity_under_base"], sft["perplexity_under_base"])
+    perplexity = ratio(ppo["perplexity_under_base"], sft["perplexity_under_base"])
     rows = [
         ("KL to SFT, nats per response", ppo["kl"]["value"], None, 10.0),
-        ("word repetition, over SFT's", over(after["word_repetition"], before["word_repetition"]), None, 1.5),
+        ("word repetition, over SFT's", ratio(after["word_repetition"], before["word_repetition"]), None, 1.5),
         (f"share of responses with the commonest content word ({word})", share, None, 0.20),
-        ("distinct-4 across responses, over SFT's", over(after["distinct_4"], before["distinct_4"]), 0.8, None),
+        ("distinct-4 across responses, over SFT's", ratio(after["distinct_4"], before["distinct_4"]), 0.8, None),
         ("exact duplicates", after["duplicate_share"], None, 0.02),
         ("perplexity under the base, over SFT's", perplexity, 0.7, 1.3),
     ]
@@ -209,13 +210,13 @@ def health(sft: dict[str, Any], ppo: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def over(value: float, reference: float) -> float:
-    """value / reference; where the reference is 0, 1 if both are and the largest float if only it is."""
+def ratio(value: float, reference: float) -> float:
+    """value / reference; where the reference is 0: 1 if the value is 0 too, else the largest float."""
     return value / reference if reference else 1.0 if value == 0 else sys.float_info.max
 
 
 def headline(report: dict[str, Any]) -> dict[str, float]:
-    """The figures that go into run.json and wandb."""
+    """The metrics that go into run.json and the tracker."""
     policies, differences = report["policies"], report["ppo_against_sft"]
     metrics = {f"{policy}_{name}": policies[policy][name]["value"] for policy in policies for name in differences}
     metrics |= {f"{name}_difference": differences[name]["difference"]["value"] for name in differences}

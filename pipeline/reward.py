@@ -28,7 +28,7 @@ from pipeline.data.tokenize import (
 )
 from pipeline.data.tokenizer import ModelError, load_shared_tokenizer
 from pipeline.evaluation.judges import linear_pair_baseline, longer_wins
-from pipeline.evaluation.statistics import by_bucket, pair_accuracy, share_ci
+from pipeline.evaluation.statistics import accuracy_by_bucket, pair_accuracy, share_ci
 from pipeline.models.heads import load_reward_model_with_adapter, new_reward_model
 from pipeline.models.loading import (
     Policy,
@@ -188,7 +188,7 @@ def held_out_accuracy(
     lengths = np.array([len(ids) for side in ("chosen_ids", "rejected_ids") for ids in tokens[side]])
     report: dict[str, Any] = {
         "accuracy": asdict(share_ci(correct)),
-        "by_margin": [asdict(bucket) for bucket in by_bucket(correct, margins, MARGIN_EDGES)],
+        "by_margin": [asdict(bucket) for bucket in accuracy_by_bucket(correct, margins, MARGIN_EDGES)],
         "by_source": {
             source: asdict(share_ci(correct[[row.get("source") == source for row in rows]]))
             for source in sorted({row["source"] for row in rows if "source" in row})

@@ -13,19 +13,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_parents
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from pipeline import pretrain, reward, sft
-from pipeline.config.dials import Adapter, Optim, Run, Sampling
-from pipeline.config.stages import SFT, Pretrain, Reward
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.models.heads import new_reward_model
 from pipeline.models.loading import ATTN_IMPLEMENTATION
@@ -83,10 +79,7 @@ def saved(make_model: ModelMaker, tokenizer: Tokenizer, tmp_path_factory: pytest
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and parents: 32 texts, so that batches of 8 come out even, a policy, a base and two reward models.
-
-    The second is an adapter on the policy, as a role of PPO has to be.
-    """
+    """Of `tiny.make_parents`: data, a base, an SFT policy and two reward models; tests add folders of their own."""
     folder = tmp_path_factory.mktemp("tiny")
     make_parents(folder)
     return folder

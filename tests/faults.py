@@ -1,4 +1,4 @@
-"""PPO on two processes, the second of which is killed, stops or raises while it scores, for tests/chain/test_launches.py.
+"""PPO on two processes, the second of which is killed, stops or raises while it scores.
 
 accelerate launch --config_file configs/accelerate/ddp.yaml tests/faults.py FOLDER NAME kill|stop|raise|differ
 """

@@ -11,7 +11,7 @@ from pipeline.adapters.search_dials import SAMPLED_MEASURES, SearchError
 from pipeline.config.commands import Search
 from pipeline.data.formats import Text, read_rows
 from pipeline.data.prompts import filter_prompts
-from pipeline.data.tokenize import IGNORE_INDEX, ensure_chat_template, flatten_pieces, row_pieces
+from pipeline.data.tokenize import IGNORE_INDEX, ensure_chat_template, join_segments, row_segments
 from pipeline.runtime.console import print_main
 
 LabelledRow = tuple[list[int], list[int]]
@@ -113,7 +113,7 @@ def label_rows(
 ) -> list[LabelledRow]:
     """Rows whose labels are the completion and its EOS."""
     rows = []
-    for pieces in row_pieces(tokenizer, prompts, completions):
-        prompt, completion = flatten_pieces(pieces[:-1]), pieces[-1][0]
+    for pieces in row_segments(tokenizer, prompts, completions):
+        prompt, completion = join_segments(pieces[:-1]), pieces[-1][0]
         rows.append((prompt + completion, [IGNORE_INDEX] * len(prompt) + completion))
     return rows

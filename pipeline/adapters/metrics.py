@@ -20,8 +20,8 @@ from pipeline.adapters.base import AdapterBase, AdapterError
 from pipeline.adapters.compression import compress_update
 from pipeline.adapters.eval_rows import EvalRows, LabelledRow
 from pipeline.adapters.expression_parser import parse
-from pipeline.adapters.expressions import Call, Expression, linear_weights, subexpressions, variables
-from pipeline.adapters.mixture import Mixture
+from pipeline.adapters.expressions import Call, Expression, subexpressions, variables
+from pipeline.adapters.mixture import Mixture, mixture_weights
 from pipeline.adapters.reading import SavedAdapter
 from pipeline.adapters.search_dials import SearchError
 from pipeline.adapters.updates import check_addable
@@ -118,11 +118,6 @@ def check_mixable(adapters: Mapping[str, SavedAdapter], base: AdapterBase) -> No
                 "have no weight to search for"
             )
     check_addable([(name, adapter.update) for name, adapter in adapters.items()])
-
-
-def mixture_weights(expression: Expression) -> dict[str, float]:
-    """The expression as weights of what is loaded."""
-    return {str(term): float(weight) for term, weight in linear_weights(expression).items()}
 
 
 def measure(weights: Weights, rows: EvalRows, context: EvalContext) -> dict[str, Array]:

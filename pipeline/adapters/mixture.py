@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.adapters.expressions import Expression, linear_weights
 from pipeline.runtime.internals import set_active_adapters
 
 
@@ -55,3 +56,8 @@ class Mixture:
                 if peft_name in layer.ia3_l
             ]
             layer.ia3_l["scratch"].data.copy_(1 + torch.stack(changes).sum(0))
+
+
+def mixture_weights(expression: Expression) -> dict[str, float]:
+    """The expression as weights of what is loaded: adapters, and functions of adapters, by their text."""
+    return {str(term): float(weight) for term, weight in linear_weights(expression).items()}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.adapters.base import AdapterBase, AdapterError
-from pipeline.adapters.expressions import Expression, linear_weights
-from pipeline.adapters.mixture import Mixture
+from pipeline.adapters.expressions import Expression
+from pipeline.adapters.mixture import Mixture, mixture_weights
 from pipeline.adapters.updates import Update
 from pipeline.adapters.writing import DTYPES, write_adapter
 from pipeline.core.tensors import position_ids
@@ -108,7 +108,7 @@ def mixture_error(
 ) -> float:
     """The file written against its parents side by side, each scaled by its weight: share of the largest logit."""
     mixture = Mixture(base.model, parents)
-    mixture.set_weights({str(term): float(weight) for term, weight in linear_weights(expression).items()})
+    mixture.set_weights(mixture_weights(expression))
     expected = probe_logits(mixture.model, base.tokenizer, prompts)
     return relative_error(probe_logits(load_unmerged(base.model, folder), base.tokenizer, prompts), expected)
 

@@ -30,8 +30,8 @@ from pipeline.adapters.updates import ModuleUpdate, Scales, Update, scaled_facto
 from pipeline.config.names import nearest
 from pipeline.data.tokenizer import first_line, hash_tokenizer, load_tokenizer
 from pipeline.models.multi_adapter import PREFIX
-from pipeline.runtime.hashing import hash_file
 from pipeline.runtime.finished import verify_files
+from pipeline.runtime.hashing import hash_file
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS")
 SHAPE_FIELDS = {

@@ -28,8 +28,8 @@ from pipeline.adapters.metrics import (
     make_eval_context,
     mean_figures,
     measure,
-    mixture_weights,
 )
+from pipeline.adapters.mixture import mixture_weights
 from pipeline.adapters.optimise import Point, Range, minimise
 from pipeline.adapters.reading import parse_adapter_folders, read_adapters
 from pipeline.adapters.search_dials import (

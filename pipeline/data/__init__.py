@@ -1,1 +1,1 @@
-"""From files and hub datasets to token ids: where rows come from, what a row means, how text becomes tokens."""
+"""From files and hub datasets to token ids: sources of rows, formats of rows, tokenizers."""

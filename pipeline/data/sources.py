@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and hub datasets, alone or mixed.
+"""Sources of rows: files, folders and hub datasets, alone or mixed.
 
     pairs.jsonl                     .jsonl, .json, .csv or .parquet; the first three also as .gz
     folder/                         every such file in it, by name
@@ -6,8 +6,8 @@
     a.jsonl, b.jsonl                one after the other
     a.jsonl*3, b.jsonl*1            mixed in these shares, until each was read through once
 
-A row is a dict beside the words that name it in an error: `pairs.jsonl: row 3`. Rows are read one by one, so a source
-may be larger than memory.
+With each row comes its place, for error messages: `pairs.jsonl: row 3`. Rows are read one by one, so a source may be
+larger than memory.
 """
 
 import csv
@@ -36,16 +36,16 @@ HUB = re.compile(
 )
 
 Row = tuple[str, dict[str, Any]]
-"""What names the row in an error, and its fields."""
+"""The row's place, for error messages, and its fields."""
 
 
 class DataError(UserError):
-    """A row or a file that cannot be used; the message names file, row and field, what was expected, how to mend it."""
+    """A row or a file that cannot be used; the message names file, row and field, what is expected, and a fix."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One place of rows; `files` is empty for a hub dataset."""
+    """Files of rows, or, where `files` is empty, a hub dataset."""
 
     name: str
     files: tuple[Path, ...] = ()
@@ -69,14 +69,14 @@ class Source:
 
 def parse_sources(text: str) -> list[Source]:
     """The sources that a dial names; DataError for one that is not there, or shares given to some of them only."""
-    sources = [_source(part.strip()) for part in text.split(",")]
+    sources = [parse_source(part.strip()) for part in text.split(",")]
     if len({source.share is None for source in sources}) > 1:
         raise DataError(f"{text}: give every source a share (`a.jsonl*3, b.jsonl*1`) or none")
     return sources
 
 
 def hash_source(text: str) -> str:
-    """What tells these rows from others; of one file its sha256."""
+    """A hash of the sources' content and shares; of one file its sha256."""
     sources = parse_sources(text)
     if len(sources) == 1:
         return sources[0].fingerprint()
@@ -84,7 +84,7 @@ def hash_source(text: str) -> str:
 
 
 def hash_sources(sources: Iterable[str]) -> list[tuple[str, str]]:
-    """Each source beside its hash: what `StageRun` records as the data of a stage."""
+    """Each source with its hash, as `StageRun` records the data of a stage."""
     return [(source, hash_source(source)) for source in sources]
 
 
@@ -101,7 +101,7 @@ def mix_sources(sources: Sequence[Source], seed: int) -> Iterator[Row]:
     """Rows of the sources in their shares, until each was read through; one that ends before begins again."""
     total = sum(source.share or 0.0 for source in sources)
     mixture = datasets.interleave_datasets(
-        [datasets.IterableDataset.from_generator(partial(_named, source)) for source in sources],
+        [datasets.IterableDataset.from_generator(partial(_rows_as_dicts, source)) for source in sources],
         [(source.share or 0.0) / total for source in sources],
         seed=seed,
         stopping_strategy="all_exhausted",
@@ -109,11 +109,12 @@ def mix_sources(sources: Sequence[Source], seed: int) -> Iterator[Row]:
     return ((row["where"], row["fields"]) for row in mixture)
 
 
-def _named(source: Source) -> Iterator[dict[str, Any]]:
+def _rows_as_dicts(source: Source) -> Iterator[dict[str, Any]]:
     return ({"where": where, "fields": fields} for where, fields in source.rows())
 
 
-def _source(text: str) -> Source:
+def parse_source(text: str) -> Source:
+    """One source, with its share after a '*' if it has one."""
     place, star, share = text.rpartition("*")
     if not star or Path(text).exists():
         place, share = text, ""
@@ -137,11 +138,11 @@ def _source(text: str) -> Source:
         if not path.name.endswith(SUFFIXES):
             raise DataError(f"{path}: expected a {', '.join(SUFFIXES[:4])} file (.gz for the text formats)")
         return Source(place, (path,), share=weight)
-    found = HUB.fullmatch(place)
-    if not found or place.endswith(SUFFIXES):
+    match = HUB.fullmatch(place)
+    if not match or place.endswith(SUFFIXES):
         hint = "; `make data` makes the default recipe's" if place.startswith("data/imdb/") else ""
         raise DataError(f"{place}: no such file or folder{hint}")
-    return Source(found["name"], (), found["config"], found["split"] or "train", found["revision"] or "main", weight)
+    return Source(match["name"], (), match["config"], match["split"] or "train", match["revision"] or "main", weight)
 
 
 def file_rows(file: Path) -> Iterator[Row]:
@@ -222,21 +223,22 @@ def hub_rows(source: Source) -> Iterator[Row]:
     """A hub dataset's rows, streamed at the commit that its revision names now."""
     where = f"{source.name}:{source.split}"
     commit = hub_commit(source)
-    asked = {"split": source.split, "revision": commit, "streaming": True}
-    rows = _hub(source, lambda: datasets.load_dataset(source.name, source.config, **asked))
+    options = {"split": source.split, "revision": commit, "streaming": True}
+    rows = call_hub(source, lambda: datasets.load_dataset(source.name, source.config, **options))
     for number, row in enumerate(rows, 1):
         yield f"{where}: row {number}", row
 
 
 def hub_commit(source: Source) -> str:
     """The commit that a hub dataset's revision names now."""
-    commit = _hub(source, lambda: HfApi().dataset_info(source.name, revision=source.revision).sha)
+    commit = call_hub(source, lambda: HfApi().dataset_info(source.name, revision=source.revision).sha)
     return str(commit)
 
 
-def _hub(source: Source, ask: Callable[[], Any]) -> Any:
+def call_hub(source: Source, request: Callable[[], Any]) -> Any:
+    """What the request returns; DataError, with the reason, where the hub gives no such dataset."""
     try:
-        return ask()
+        return request()
     except OfflineModeIsEnabled:
         why = "the hub is switched off (HF_HUB_OFFLINE)"
     except HfHubHTTPError as error:

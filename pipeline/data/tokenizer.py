@@ -1,4 +1,4 @@
-"""Tokenizers: trained, loaded with a padding token of their own, told apart by what they make of a text."""
+"""Tokenizers: trained, or loaded with a padding token of their own, and compared by their hash."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
 
 class ModelError(UserError):
-    """A model or tokenizer directory that cannot be used as asked; the message says what was expected."""
+    """A model or tokenizer that cannot be used; the message says what is expected."""
 
 
 def first_line(error: Exception) -> str:
@@ -30,8 +30,8 @@ def first_line(error: Exception) -> str:
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A tokenizer with distinct pad, bos and eos, trained on texts: byte-level BPE, characters or words.
 
-    It opens every text with bos; closing one with eos is `pipeline.data`'s. Byte-level BPE (Radford et al. 2019) knows
-    every text; `char` and `word` map what they have not seen to <unk>.
+    It puts bos before every text; `data.tokenize` puts eos after it. Byte-level BPE (Radford et al. 2019) encodes every
+    text; `char` and `word` map what they have not seen to <unk>.
     """
     special = [PAD, BOS, EOS]
     if kind == "bpe":
@@ -44,7 +44,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
         )
     else:
         tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
-        # One piece per character, or a word with the space before it: joined without glue, both give the text back.
+        # A piece is a character, or a word with the space before it: joined without a separator they are the text.
         piece = Regex(r"[\s\S]") if kind == "char" else Regex(r"\s?\S+|\s+")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(piece, behavior="isolated")
         tokenizer.decoder = decoders.Fuse()
@@ -65,8 +65,8 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id, with a padding token that is not EOS.
 
-    Where there is none, an existing special token that text never holds is taken: embeddings are never resized, and
-    masks are made from lengths, so its name does not matter. ModelError without EOS, or without such a token.
+    Where there is none, an existing special token that no text contains becomes the padding token: embeddings are never
+    resized, and masks are made from lengths, so any will do. ModelError without EOS, or without such a token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -99,16 +99,16 @@ def spare_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells its token ids from another's: every entry of the vocabulary, and the special ids."""
+    """Hash of the vocabulary and the special ids, 12 hex digits."""
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return hash_value([sorted(tokenizer.get_vocab().items()), special])[:12]
 
 
 def load_shared_tokenizer(paths: Mapping[str, str | Path]) -> PreTrainedTokenizerBase:
-    """The tokenizer that all the models share: the first one's. ModelError if another gives other ids to a text."""
+    """The tokenizer that all the models share: the first one's. ModelError if the tokenizers differ."""
     tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
-    prints = {name: hash_tokenizer(tokenizer) for name, tokenizer in tokenizers.items()}
-    if len(set(prints.values())) > 1:
-        told = ", ".join(f"{name} {prints[name]} ({paths[name]})" for name in prints)
-        raise ModelError(f"tokenizers differ: {told}; make every stage from one base model")
+    hashes = {name: hash_tokenizer(tokenizer) for name, tokenizer in tokenizers.items()}
+    if len(set(hashes.values())) > 1:
+        listing = ", ".join(f"{name} {hashes[name]} ({paths[name]})" for name in hashes)
+        raise ModelError(f"tokenizers differ: {listing}; make every stage from one base model")
     return next(iter(tokenizers.values()))

@@ -15,13 +15,17 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from pipeline.config.errors import UserError
 from pipeline.data.formats import read_rows
-from pipeline.evaluation.statistics import Array, Estimate, _numbers, _paired, pair_accuracy, share_ci
-from pipeline.evaluation.text import WORD, _texts, _word_counts
+from pipeline.evaluation.statistics import Array, Estimate, pair_accuracy, share_ci, to_paired_vectors, to_vector
+from pipeline.evaluation.text import WORD, to_text_list, word_counts
 
 Judge = Callable[[Sequence[str]], Array]
 """One number for each text."""
 
 LABELS = {"negative": 0, "positive": 1}
+HOLDOUT = 0.1  # share of a classifier's texts that it is tested on and never fitted to
+INVERSE_PENALTY = 3.0  # C of the logistic regression
+PAIR_ALPHA = 3.0  # ridge penalty of the pair baseline when no validation pairs choose one
+PAIR_ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)  # what validation pairs choose from
 
 
 def fit_judge(file: str, seed: int) -> Classifier:
@@ -32,12 +36,6 @@ def fit_judge(file: str, seed: int) -> Classifier:
         if row.get("label") not in LABELS:
             raise UserError(f"{file}: label: expected {' or '.join(LABELS)}, got {row.get('label')!r:.40}")
     return fit_classifier([row["text"] for row in rows], [LABELS[row["label"]] for row in rows], seed, groups)
-
-
-HOLDOUT = 0.1  # share of a classifier's texts that it is tested on and never fitted to
-INVERSE_PENALTY = 3.0  # C of the logistic regression
-PAIR_ALPHA = 3.0  # ridge penalty of the pair baseline when no validation pairs choose one
-PAIR_ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)  # and what validation pairs choose from
 
 
 # ---------------------------------------------------------------------------------------------- judges
@@ -54,7 +52,9 @@ class Vader:
         self.analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, texts: Sequence[str]) -> Array:
-        return np.array([self.analyzer.polarity_scores(text)["compound"] for text in _texts(texts)], dtype=np.float64)
+        return np.array(
+            [self.analyzer.polarity_scores(text)["compound"] for text in to_text_list(texts)], dtype=np.float64
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Classifier:
     holdout_accuracy: Estimate
 
     def __call__(self, texts: Sequence[str]) -> Array:
-        return _positive(self.model, self.vectorizer.transform(_texts(texts)))
+        return _positive(self.model, self.vectorizer.transform(to_text_list(texts)))
 
 
 def fit_classifier(
@@ -81,7 +81,7 @@ def fit_classifier(
     The split is drawn from `seed` over `groups` (by default over distinct texts), so no group is on both sides: name
     the source document there if the texts hold a document and also its sentences, or the accuracy is flattered.
     """
-    texts, y = _texts(texts), np.asarray(labels)
+    texts, y = to_text_list(texts), np.asarray(labels)
     if len(y) != len(texts) or (groups is not None and len(groups) != len(texts)):
         raise ValueError("a classifier needs one label, and one group if any, per text")
     if set(np.unique(y).tolist()) != {0, 1}:
@@ -105,8 +105,8 @@ def longer_wins(chosen: Sequence[str], rejected: Sequence[str]) -> Array:
 
     What a reward model must beat before its accuracy says anything about content.
     """
-    a, b = _paired(_word_counts(chosen), _word_counts(rejected))
-    return pair_accuracy(a - b)
+    chosen_words, rejected_words = to_paired_vectors(word_counts(chosen), word_counts(rejected))
+    return pair_accuracy(chosen_words - rejected_words)
 
 
 def linear_pair_baseline(
@@ -125,19 +125,19 @@ def linear_pair_baseline(
     rejected) the one of PAIR_ALPHAS with the best accuracy there, the larger if two tie; the test pairs choose nothing.
     Its accuracy is what the words alone are worth; what a reward model adds to it came from their order.
     """
-    train_chosen, train_rejected = _texts(train_chosen), _texts(train_rejected)
-    target = np.maximum(_numbers(margins), 1.0)
+    train_chosen, train_rejected = to_text_list(train_chosen), to_text_list(train_rejected)
+    target = np.maximum(to_vector(margins), 1.0)
     if not len(train_chosen) == len(train_rejected) == len(target):
         raise ValueError("training needs one chosen text, one rejected text and one margin per pair")
-    row = {text: i for i, text in enumerate(dict.fromkeys(train_chosen + train_rejected))}
+    rows = {text: i for i, text in enumerate(dict.fromkeys(train_chosen + train_rejected))}
     vectorizer = _vectorizer()
-    tfidf = vectorizer.fit_transform(list(row))
-    train = tfidf[[row[text] for text in train_chosen]] - tfidf[[row[text] for text in train_rejected]]
+    tfidf = vectorizer.fit_transform(list(rows))
+    train = tfidf[[rows[text] for text in train_chosen]] - tfidf[[rows[text] for text in train_rejected]]
 
     def differences(chosen: Sequence[str], rejected: Sequence[str]) -> csr_matrix:  # (n, features)
         if len(chosen) != len(rejected):
             raise ValueError("a pair needs one chosen and one rejected text")
-        return vectorizer.transform(_texts(chosen)) - vectorizer.transform(_texts(rejected))
+        return vectorizer.transform(to_text_list(chosen)) - vectorizer.transform(to_text_list(rejected))
 
     def ridge(alpha: float) -> Ridge:
         return Ridge(alpha=alpha, fit_intercept=False, solver="lsqr").fit(train, target)

@@ -1,4 +1,4 @@
-"""The evaluation as people read it: the table at the end of a run, evaluation.json and evaluation.md."""
+"""The report of an evaluation: the table at the end of a run, evaluation.json and evaluation.md."""
 
 import json
 from collections.abc import Sequence
@@ -64,8 +64,8 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def show(report: dict[str, Any], final: Path, merged: Path) -> None:
-    """Prints the table, and where the page and the model are."""
+def print_report(report: dict[str, Any], final: Path, merged: Path) -> None:
+    """Prints the table, and the paths of the page and of the model."""
     if not is_main():
         return
     table = Table(*HEADER, title=f"{report['prompts']:,} held-out prompts")
@@ -77,8 +77,8 @@ def show(report: dict[str, Any], final: Path, merged: Path) -> None:
     print_main(f"merged model     {merged}\nevaluation page  {final / 'evaluation.md'}")
 
 
-def write(report: dict[str, Any], samples: Sequence[dict[str, Any]], folder: Path) -> None:
-    """evaluation.json and evaluation.md."""
+def write_report(report: dict[str, Any], samples: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Writes evaluation.json and evaluation.md."""
     (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "evaluation.md").write_text(markdown_page(report, samples), encoding="utf-8")
 

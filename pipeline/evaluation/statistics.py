@@ -1,4 +1,4 @@
-"""Figures with 95 % intervals: means, shares, paired differences, pair accuracy."""
+"""Means, shares, paired differences and pair accuracies, with 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def mean_ci(x: ArrayLike, confidence: float = 0.95) -> Estimate:
     x (n,) in any unit, n >= 2. For unbounded or many-valued scores. A share or an accuracy belongs in `share_ci`: at
     100 % observed the t interval has width 0 however few the observations.
     """
-    x = _numbers(x)
+    x = to_vector(x)
     if len(x) < 2:
         raise ValueError("an interval for a mean needs at least 2 observations")
     half = _t_quantile(confidence, len(x) - 1) * float(x.std(ddof=1)) / sqrt(len(x))
@@ -47,7 +47,7 @@ def share_ci(x: ArrayLike, confidence: float = 0.95) -> Estimate:
     Ties make x not binomial, but only less variable (its variance is p(1 - p) less a quarter of the share of ties), so
     with them the interval errs on the wide side.
     """
-    x = _numbers(x)
+    x = to_vector(x)
     if x.min() < 0 or x.max() > 1:
         raise ValueError("a share is a mean of numbers in [0, 1]")
     n, p = len(x), float(x.mean())
@@ -62,13 +62,13 @@ def paired_difference_ci(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -
 
     Pairing removes the spread between prompts, which is far larger than the spread between systems.
     """
-    a, b = _paired(a, b)
+    a, b = to_paired_vectors(a, b)
     return mean_ci(a - b, confidence)
 
 
 def win_rate_ci(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Estimate:
     """The share of prompts with a > b, ties 0.5, with its score interval; a, b (n,) are paired over prompts."""
-    a, b = _paired(a, b)
+    a, b = to_paired_vectors(a, b)
     return share_ci(pair_accuracy(a - b), confidence)
 
 
@@ -84,9 +84,9 @@ def length_controlled_difference(
     told apart, which raises `ValueError`. Where few pairs are near equal length the line extrapolates: read it beside
     the mean lengths.
     """
-    judge_a, judge_b = _paired(judge_a, judge_b)
-    length_a, length_b = _paired(length_a, length_b)
-    difference, excess = _paired(judge_a - judge_b, length_a - length_b)
+    judge_a, judge_b = to_paired_vectors(judge_a, judge_b)
+    length_a, length_b = to_paired_vectors(length_a, length_b)
+    difference, excess = to_paired_vectors(judge_a - judge_b, length_a - length_b)
     if not excess.any():
         return mean_ci(difference, confidence)
     if len(excess) < 3:
@@ -115,16 +115,18 @@ def pair_accuracy(score_margins: ArrayLike) -> Array:
 
     Half a point for a tie is what a coin would earn: a constant scorer gets 0.5, neither 0 nor 1.
     """
-    return 0.5 * (1.0 + np.sign(_numbers(score_margins)))
+    return 0.5 * (1.0 + np.sign(to_vector(score_margins)))
 
 
-def by_bucket(correct: ArrayLike, margins: ArrayLike, edges: Sequence[float], confidence: float = 0.95) -> list[Bucket]:
+def accuracy_by_bucket(
+    correct: ArrayLike, margins: ArrayLike, edges: Sequence[float], confidence: float = 0.95
+) -> list[Bucket]:
     """Accuracy of the pairs in each of the buckets [edges[i], edges[i + 1]), the last one closed at its right end.
 
     correct (n,) from `pair_accuracy`, margins (n,) the human margins. A margin outside the edges raises `ValueError`,
     so that every pair is counted once.
     """
-    correct, margins = _paired(correct, margins)
+    correct, margins = to_paired_vectors(correct, margins)
     if len(edges) < 2 or any(low >= high for low, high in pairwise(edges)):
         raise ValueError("bucket edges must be two or more increasing numbers")
     if margins.min() < edges[0] or margins.max() > edges[-1]:
@@ -137,8 +139,8 @@ def by_bucket(correct: ArrayLike, margins: ArrayLike, edges: Sequence[float], co
     ]
 
 
-def _numbers(x: ArrayLike) -> Array:
-    """x as a float64 vector; refuses an empty one, more dimensions, and non-finite entries."""
+def to_vector(x: ArrayLike) -> Array:
+    """x as a float64 vector (n,); ValueError for an empty one, more dimensions, or non-finite entries."""
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 1 or not len(x):
         raise ValueError(f"expected a non-empty vector of numbers, got shape {x.shape}")
@@ -147,9 +149,9 @@ def _numbers(x: ArrayLike) -> Array:
     return x
 
 
-def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
-    """Two vectors of equal length."""
-    a, b = _numbers(a), _numbers(b)
+def to_paired_vectors(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
+    """Both as float64 vectors (n,); ValueError unless they have one length."""
+    a, b = to_vector(a), to_vector(b)
     if len(a) != len(b):
         raise ValueError(f"paired vectors differ in length: {len(a)} and {len(b)}")
     return a, b

@@ -1,4 +1,4 @@
-"""What responses look like as text: length, variety, repetition, duplicates."""
+"""Statistics of responses as text: length, variety, repetition, duplicates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORD = r"[a-z0-9']+"
 
 @dataclass(frozen=True)
 class TextStatistics:
-    """What n responses look like as text; shares and ratios in [0, 1]. Compare equal n only: see `distinct_n`."""
+    """Statistics of n responses; shares and ratios in [0, 1]. Compare equal n only: see `distinct_n`."""
 
     n: int
     mean_words: float
@@ -36,7 +36,7 @@ def text_statistics(responses: Sequence[str], prompts: Sequence[str], k: int = 5
     """All the statistics below of n responses to n prompts; `word_repetition` is the mean over responses."""
     return TextStatistics(
         n=len(responses),
-        mean_words=float(_word_counts(responses).mean()),
+        mean_words=float(word_counts(responses).mean()),
         distinct_1=distinct_n(responses, 1),
         distinct_2=distinct_n(responses, 2),
         distinct_4=distinct_n(responses, 4),
@@ -60,24 +60,24 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """
     if n < 1:
         raise ValueError("n-grams need n >= 1")
-    grams = [gram for text in _texts(texts) for gram in _ngrams(words(text), n)]
+    grams = [gram for text in to_text_list(texts) for gram in _ngrams(words(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def word_repetition(text: str) -> float:
     """1 - distinct words / words of one text, in [0, 1); 0 for a text without words. Longer texts repeat more."""
-    found = words(text)
-    return 1.0 - len(set(found)) / len(found) if found else 0.0
+    all_words = words(text)
+    return 1.0 - len(set(all_words)) / len(all_words) if all_words else 0.0
 
 
 def commonest_content_words(texts: Sequence[str], prompts: Sequence[str], k: int) -> list[tuple[str, float]]:
     """The k content words that occur in most responses, each with the share of responses that contain it; ties A-Z.
 
     A content word has 3 letters or more, is neither a stop word nor a contraction or possessive, and does not occur in
-    the response's own prompt; quotation marks round it are dropped. A policy that found one magic word shows it here.
-    Domain words ("movie") count as any other, so read the list beside that of the policy before PPO.
+    the response's own prompt; quotation marks round it are dropped. A policy that puts one well-paid word everywhere
+    shows here. Domain words ("movie") count as any other, so compare with the list of the policy before PPO.
     """
-    texts, prompts = _texts(texts), _texts(prompts)
+    texts, prompts = to_text_list(texts), to_text_list(prompts)
     if len(texts) != len(prompts):
         raise ValueError("every response needs its prompt")
     counts: Counter[str] = Counter()
@@ -89,15 +89,15 @@ def commonest_content_words(texts: Sequence[str], prompts: Sequence[str], k: int
 
 def duplicate_share(texts: Sequence[str]) -> float:
     """The share of texts that, stripped of surrounding white space, equal an earlier one; 0 if all differ."""
-    texts = _texts(texts)
+    texts = to_text_list(texts)
     return 1.0 - len({text.strip() for text in texts}) / len(texts)
 
 
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list; refuses an empty one, and a single string, which is a sequence of letters."""
+def to_text_list(texts: Sequence[str]) -> list[str]:
+    """The texts as a list; ValueError for no texts, TypeError for one string, which is a sequence of letters."""
     if isinstance(texts, str):
         raise TypeError("expected a list of texts, got one string")
     if not len(texts):
@@ -105,8 +105,8 @@ def _texts(texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _word_counts(texts: Sequence[str]) -> Array:
-    return np.array([len(words(text)) for text in _texts(texts)], dtype=np.float64)
+def word_counts(texts: Sequence[str]) -> Array:
+    return np.array([len(words(text)) for text in to_text_list(texts)], dtype=np.float64)
 
 
 def _ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:

@@ -27,7 +27,7 @@ from pipeline.models.multi_adapter import (
     recompute_contexts,
     use_adapter,
 )
-from pipeline.runtime.internals import layers_kept_whole
+from pipeline.runtime.internals import enable_activation_checkpointing, layers_kept_whole
 
 
 def add_reward_model(path: str | Path, policy: Policy) -> PreTrainedModel | ValueHead:
@@ -88,7 +88,7 @@ class ActorCritic(nn.Module):
         self.recomputes_layers = True
         for model in (unwrap_peft(self.policy), *([self.critic.model] if isinstance(self.critic, Critic) else [])):
             contexts = partial(recompute_contexts, adapter_layers(model))
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+            enable_activation_checkpointing(model, context_fn=contexts)
 
     def tie_weights(self) -> None:
         """Makes tied weights one again, after FSDP has loaded them one by one."""

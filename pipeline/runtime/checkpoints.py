@@ -76,7 +76,9 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         if not damaged:
             return Checkpoint(path, manifest["step"], manifest["facts"])
         path.rename(path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:4]}"))
-        print_main(f"{path}: {damaged} is missing or not as it was written: set aside, the checkpoint before it is used")
+        print_main(
+            f"{path}: {damaged} is missing or not as it was written: set aside, the checkpoint before it is used"
+        )
     return None
 
 
@@ -95,7 +97,7 @@ def save_training(accelerator: Accelerator, prepared: nn.Module, optimizer: Any,
 
 
 def load_training(accelerator: Accelerator, prepared: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Loads what `save_training` wrote into the same modules. A process that was not there then keeps its random state."""
+    """Loads what `save_training` wrote. A process that did not take part then keeps its random state."""
     if uses_deepspeed(accelerator):
         prepared.load_checkpoint(str(folder), tag="engine", load_module_strict=False)  # type: ignore[operator]
     else:

@@ -1,4 +1,4 @@
-"""Private attributes of libraries that this project reads or sets: each in one function here, and nowhere else.
+"""What of libraries is private, or has another name from one release to the next: each in one function, only here.
 
 `tests/runtime/test_internals.py` holds each against the installed release, and names the one that has changed.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate.state import AcceleratorState
+from transformers import TrainingArguments
 
 # PEFT: which adapters a layer reads. Its public `set_adapter` and `disable_adapter` change `requires_grad` as well.
 
@@ -52,6 +53,23 @@ def forward_override(module: Any) -> Callable[..., Any] | None:
 
 def remove_forward_override(module: Any) -> None:
     vars(module).pop("forward", None)
+
+
+def checkpointing_arguments(is_on: bool) -> dict[str, Any]:
+    """Arguments of a trainer that say whether layers keep their input alone and are computed again.
+
+    transformers 5.23 calls them activation_checkpointing*, and transformers 6 will know no other name.
+    """
+    has_new_name = hasattr(TrainingArguments, "activation_checkpointing")
+    name = "activation_checkpointing" if has_new_name else "gradient_checkpointing"
+    return {name: is_on, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def enable_activation_checkpointing(model: Any, **arguments: Any) -> None:
+    """The same of a model; `arguments` are those of torch's checkpoint."""
+    has_new_name = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if has_new_name else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False} | arguments)
 
 
 # TRL's trainers

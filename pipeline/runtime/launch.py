@@ -90,9 +90,9 @@ def validate_launch(accelerator: Accelerator) -> Accelerator:
             else ""
         )
         raise UserError(
-            f"the launch asks for {requested_backend()} on {world} processes, but Accelerate has started {started} with "
-            f"{accelerator.num_processes}{why}; look at the file given to --config_file, and for ACCELERATE_USE_CPU in "
-            "the environment"
+            f"the launch asks for {requested_backend()} on {world} processes, but Accelerate has started {started} "
+            f"with {accelerator.num_processes}{why}; look at the file given to --config_file, and for "
+            "ACCELERATE_USE_CPU in the environment"
         )
     return accelerator
 

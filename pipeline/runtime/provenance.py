@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "d
 
 
 def describe_parent(path: Path, final: Path) -> dict[str, Any]:
-    """A parent's fingerprint, its size in bytes, and its path relative to this stage's `final/`, so that runs/ may move.
+    """A parent's fingerprint, size in bytes, and path relative to this stage's `final/`, so that runs/ may move.
 
     A parent is a stage's output or any model: a directory with a config.json, or the name of a model on the hub.
     """

@@ -95,7 +95,7 @@ class StageRun:
         }
 
     def is_finished(self) -> bool:
-        """True if `final/` was made from exactly these inputs; made from others it is a StageError, never overwritten."""
+        """True if `final/` was made from exactly these inputs; StageError, and no overwriting, if from others."""
         if not (self.final / "DONE.json").is_file():
             if self.final.exists():
                 raise StageError(

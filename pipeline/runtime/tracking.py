@@ -115,7 +115,7 @@ class Tracking:
 
 
 def artifact_name(parent: Mapping[str, Any]) -> str:
-    """`<recipe>-<stage>` of a parent at <runs>/<recipe>/<stage>/final; of another one the last two parts of its path."""
+    """`<recipe>-<stage>` of a parent at <runs>/<recipe>/<stage>/final; else the last two parts of its path."""
     parts = Path(parent["place"]).parts
     return "-".join(parts[-3:-1]) if parts[-1:] == ("final",) and len(parts) > 2 else "-".join(parts[-2:])
 

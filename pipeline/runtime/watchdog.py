@@ -28,7 +28,7 @@ SECONDS_BETWEEN_BEATS = 1.0
 
 
 def check_same_inputs(stage: str, facts: Mapping[str, Any]) -> None:
-    """UserError on every process where a fact, or the code, is not the same on all; it names the process and the fact."""
+    """UserError on every process where a fact, or the code, differs between processes; it names process and fact."""
     package = Path(__file__).parents[1]
     code = sorted((str(file.relative_to(package)), hash_file(file)) for file in package.rglob("*.py"))
     hashes = {name: hash_value(fact) for name, fact in {**facts, "code": code}.items()}

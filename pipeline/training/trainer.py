@@ -20,7 +20,13 @@ from pipeline.core.losses import next_token_loss
 from pipeline.core.tensors import masked_sum
 from pipeline.data.tokenizer import hash_tokenizer, load_tokenizer
 from pipeline.models.sharding import Model, full_state_dict, is_sharded, load_full_state_dict, meta_copy
-from pipeline.runtime.internals import forward_override, log_tokens, set_tokens_trained, tokens_trained
+from pipeline.runtime.internals import (
+    checkpointing_arguments,
+    forward_override,
+    log_tokens,
+    set_tokens_trained,
+    tokens_trained,
+)
 from pipeline.runtime.launch import keep_torch_optimizer, validate_launch
 from pipeline.runtime.precision import autocast
 from pipeline.runtime.process import processes
@@ -36,8 +42,7 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
         bf16=False,  # `autocast_forward` does that, alike under every strategy
         fp16=run.precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),
-        gradient_checkpointing=optim.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing_arguments(optim.gradient_checkpointing),
         per_device_train_batch_size=optim.rows_per_forward(processes().num_processes),
         gradient_accumulation_steps=optim.accumulation(processes().num_processes),
         num_train_epochs=optim.num_train_epochs,

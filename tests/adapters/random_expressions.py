@@ -41,7 +41,7 @@ def trees(weights: st.SearchStrategy, functions: bool = True) -> st.SearchStrate
 
     def larger(inner: st.SearchStrategy) -> st.SearchStrategy:
         some = st.lists(inner, min_size=1, max_size=3).map(tuple)
-        found = (
+        nodes = (
             st.builds(Negated, inner)
             | st.builds(Sum, inner, inner)
             | st.builds(Product, weights, inner)
@@ -51,10 +51,10 @@ def trees(weights: st.SearchStrategy, functions: bool = True) -> st.SearchStrate
         )
         density, p, seed = (Number(Decimal(text)) for text in ("0.25", "0.9", "3"))
         if functions:
-            found |= st.builds(lambda parts: Call("ties", parts, (("density", density),)), some)
-            found |= st.builds(lambda a: Call("dare", (a,), (("p", p), ("seed", seed))), inner)
-            found |= st.builds(lambda a: Call("paper", (a,), (("neg", "A"), ("normalise", "no"))), inner)
-        return found
+            nodes |= st.builds(lambda parts: Call("ties", parts, (("density", density),)), some)
+            nodes |= st.builds(lambda a: Call("dare", (a,), (("p", p), ("seed", seed))), inner)
+            nodes |= st.builds(lambda a: Call("paper", (a,), (("neg", "A"), ("normalise", "no"))), inner)
+        return nodes
 
     return st.recursive(st.builds(Name, st.sampled_from(NAMES)) | st.just(Base()), larger, max_leaves=8)
 

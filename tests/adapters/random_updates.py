@@ -31,8 +31,8 @@ def ia3(seed: int, modules: str = "q k down") -> Update:
 
 def changes(update: Update) -> dict[str, torch.Tensor]:
     """What it changes, dense; a module it leaves alone is not there."""
-    found = {m: to_dense(part) if isinstance(part, Factors) else part.l - 1 for m, part in update.items()}
-    return {m: change for m, change in found.items() if change.abs().max() > 1e-9}
+    dense_changes = {m: to_dense(part) if isinstance(part, Factors) else part.l - 1 for m, part in update.items()}
+    return {m: change for m, change in dense_changes.items() if change.abs().max() > 1e-9}
 
 
 def assert_same(actual, expected, tolerance=1e-12):

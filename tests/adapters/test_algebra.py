@@ -34,17 +34,17 @@ def oracle(tree, adapters):
 def test_an_expression_is_the_same_sum_of_dense_changes(tree, adapters):
     expected = oracle(tree, {name: changes(update) for name, update in adapters.items()})
     size = 1 + max((float(change.abs().max()) for change in expected.values()), default=0)
-    found = {m: to_dense(p) if isinstance(p, Factors) else p.l - 1 for m, p in evaluate(tree, adapters).items()}
+    result = {m: to_dense(p) if isinstance(p, Factors) else p.l - 1 for m, p in evaluate(tree, adapters).items()}
     for module, change in expected.items():
-        torch.testing.assert_close(found[module] / size, change / size, atol=1e-10, rtol=0)
-    for module in found.keys() - expected.keys():
-        assert not found[module].any()
+        torch.testing.assert_close(result[module] / size, change / size, atol=1e-10, rtol=0)
+    for module in result.keys() - expected.keys():
+        assert not result[module].any()
 
 
 def test_weights_that_cancel_leave_the_modules():
-    found = evaluate(parse("a - a"), ADAPTERS)
-    assert found.keys() == ADAPTERS["a"].keys()
-    assert all(part.rank == 1 and not to_dense(part).any() for part in found.values())
+    result = evaluate(parse("a - a"), ADAPTERS)
+    assert result.keys() == ADAPTERS["a"].keys()
+    assert all(part.rank == 1 and not to_dense(part).any() for part in result.values())
     assert all((part.l == 1).all() for part in evaluate(parse("a - a + base"), SCALES).values())
     assert evaluate(parse("a + b - b"), ADAPTERS).keys() == {"q", "k", "down"}
 
@@ -59,12 +59,14 @@ def test_the_order_of_terms_changes_no_bit():
 
 def test_a_lone_adapter_is_itself_to_the_bit():
     for adapters in (ADAPTERS, SCALES):
-        found = evaluate(parse("sft"), adapters)
-        assert found.keys() == adapters["sft"].keys()
-        for module, part in found.items():
-            own = adapters["sft"][module]
+        result = evaluate(parse("sft"), adapters)
+        assert result.keys() == adapters["sft"].keys()
+        for module, part in result.items():
+            expected = adapters["sft"][module]
             assert (
-                torch.equal(part.l, own.l) if isinstance(part, Scales) else torch.equal(to_dense(part), to_dense(own))
+                torch.equal(part.l, expected.l)
+                if isinstance(part, Scales)
+                else torch.equal(to_dense(part), to_dense(expected))
             )
 
 
@@ -158,8 +160,8 @@ HEADS = {"a": {"score.weight": torch.tensor([[1.0, 2.0]])}, "b": {"score.weight"
 )
 def test_heads_by_rule(text, rule, base, expected):
     held = {} if base is None else {"score.weight": torch.tensor(base)}
-    found = combine_heads(parse(text), HEADS, held, rule)
-    torch.testing.assert_close(found["score.weight"].double(), torch.tensor(expected).double())
+    result = combine_heads(parse(text), HEADS, held, rule)
+    torch.testing.assert_close(result["score.weight"].double(), torch.tensor(expected).double())
 
 
 @pytest.mark.parametrize(

@@ -122,12 +122,12 @@ def test_a_rank_costs_the_tail_that_was_predicted(factory):
     folders = {"a": factory.adapter("plain"), "b": factory.adapter("rslora", 2)}
     out = factory.compose("a + b", folders=folders, rank=4, max_loss=1.0)
     lineage = json.loads((out / "composition.json").read_text())
-    exact, found = weighted_changes({"a": 1, "b": 1}, folders), dense_changes(out)
+    exact, actual = weighted_changes({"a": 1, "b": 1}, folders), dense_changes(out)
     assert lineage["discarded"].keys() == exact.keys()
     for module, change in exact.items():
         spectrum = torch.linalg.svdvals(change).square()
         tail = (spectrum[4:].sum() / spectrum.sum()).item()
-        lost = ((found[module] - change).norm() / change.norm()).item() ** 2
+        lost = ((actual[module] - change).norm() / change.norm()).item() ** 2
         assert lineage["discarded"][module] == pytest.approx(tail, rel=1e-6, abs=1e-14)
         assert lost == pytest.approx(tail, rel=1e-4, abs=1e-12)
     assert max(lineage["discarded"].values()) > 0.01
@@ -181,9 +181,9 @@ def test_heads_are_averaged_with_their_adapters(factory, classifiers):
 
 def test_reward_models_are_averaged_on_the_base_that_lies_with_each(factory, folder):
     """As the reward stage writes them: the base beside the adapter holds that adapter's own head."""
-    own = folder / "parents_lora/reward/final"
+    final = folder / "parents_lora/reward/final"
     other = factory.folder / "another_reward"
-    shutil.copytree(own, other)
+    shutil.copytree(final, other)
     (other / "DONE.json").unlink()
     torch.manual_seed(3)
     head = torch.randn(1, 16)
@@ -191,9 +191,9 @@ def test_reward_models_are_averaged_on_the_base_that_lies_with_each(factory, fol
         tensors = load_file(other / f"{file}.safetensors")
         tensors = {k: w + 0.1 * torch.randn_like(w) if "lora_" in k else w for k, w in tensors.items()} | {key: head}
         save_file(tensors, other / f"{file}.safetensors", metadata={"format": "pt"})
-    folders, prompts = {"a": own, "b": other}, str(folder / "prompts.jsonl")
+    folders, prompts = {"a": final, "b": other}, str(folder / "prompts.jsonl")
     out = factory.compose("0.25*a + 0.75*b", folders=folders, heads="sum", base="", probe_file=prompts)
-    first, second, both = (load_file(place / "adapter_model.safetensors") for place in (own, other, out))
+    first, second, both = (load_file(place / "adapter_model.safetensors") for place in (final, other, out))
     key = "base_model.model.score.weight"
     torch.testing.assert_close(both[key], 0.25 * first[key] + 0.75 * second[key])
     assert_change(out, weighted_changes({"a": 0.25, "b": 0.75}, folders))

@@ -88,5 +88,5 @@ def test_the_papers_rules_for_ia3_by_hand():
 
 def test_the_papers_sum_is_not_the_sum():
     """Its cross terms B1 A2 and B2 A1 are there, which is why it is for reproduction only."""
-    found, exact = (to_dense(evaluate(parse(text), PAPER)["q"]) for text in ("paper(x + y)", "0.5*x + 0.5*y"))
-    torch.testing.assert_close(found, exact + (B1 @ A2 + B2 @ A1 - B1 @ A1 - B2 @ A2).double() / 4)
+    factor_wise, exact = (to_dense(evaluate(parse(text), PAPER)["q"]) for text in ("paper(x + y)", "0.5*x + 0.5*y"))
+    torch.testing.assert_close(factor_wise, exact + (B1 @ A2 + B2 @ A1 - B1 @ A1 - B2 @ A2).double() / 4)

@@ -75,8 +75,8 @@ def files(tmp_path) -> dict[str, str]:
 def make_config(folders, files, tmp_path, **dials) -> Search:
     defaults = {
         "expression": "$x*good - 0.5*bad", "range": "x=-1:2", "base": str(folders["base"]),
-        "out": str(tmp_path / "out"), "adapters": f"good={folders['good']},bad={folders['bad']}", "budget": 6, "max_length": 64,
-        "sampling": Sampling(max_prompt_tokens=32, max_new_tokens=8), **files,
+        "out": str(tmp_path / "out"), "adapters": f"good={folders['good']},bad={folders['bad']}",
+        "budget": 6, "max_length": 64, "sampling": Sampling(max_prompt_tokens=32, max_new_tokens=8), **files,
     }  # fmt: skip
     return Search(**{**defaults, **dials})
 
@@ -124,11 +124,11 @@ def test_a_trial_measures_the_adapter_that_compose_writes(folders, files, tmp_pa
     assert trial["figures"]["loss"] == pytest.approx(loss, rel=1e-5)
     mixture = Mixture(base.model, {name: folders[name] for name in ("good", "bad")})
     mixture.set_weights({"good": 0.7, "bad": -0.5})
-    found, expected = (
+    logits, expected = (
         probe_logits(model, tokenizer, [row["prompt"] for row in ROWS[:4]])
         for model in (mixture.model, load_unmerged(base.model, composed))
     )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("folders", ["lora"], indirect=True)

@@ -64,9 +64,9 @@ def test_norms_and_angles_are_those_of_the_dense_updates():
 
 def test_biases_are_added_where_all_have_one():
     x, y = lora(1, {"q": 2}, scale=3.0, bias=True), lora(2, {"q": 1, "k": 1}, bias=True)
-    found = evaluate(parse("2*x - y"), {"x": x, "y": y})
-    torch.testing.assert_close(found["q"].bias, 2 * x["q"].bias - y["q"].bias)
-    torch.testing.assert_close(found["k"].bias, -y["k"].bias)
+    result = evaluate(parse("2*x - y"), {"x": x, "y": y})
+    torch.testing.assert_close(result["q"].bias, 2 * x["q"].bias - y["q"].bias)
+    torch.testing.assert_close(result["k"].bias, -y["k"].bias)
     g = torch.Generator().manual_seed(1)
     torch.randn(6, 2, generator=g), torch.randn(2, 5, generator=g)
     torch.testing.assert_close(x["q"].bias, 3.0 * torch.randn(6, generator=g).double())  # PEFT scales the bias too

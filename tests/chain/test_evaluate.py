@@ -11,7 +11,7 @@ import seeds
 from scipy import stats
 
 from pipeline.evaluate import Responses, compare, headline, health
-from pipeline.evaluation.report import HEADER, markdown_page, markdown_table, table_rows, write
+from pipeline.evaluation.report import HEADER, markdown_page, markdown_table, table_rows, write_report
 from pipeline.evaluation.statistics import share_ci
 
 N = 24
@@ -229,7 +229,7 @@ def test_a_bar_in_a_cell_does_not_make_a_column():
 
 
 def test_what_is_written_reads_back(report, tmp_path):
-    write(report, SAMPLES, tmp_path)
+    write_report(report, SAMPLES, tmp_path)
     back = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert (
         markdown_page(back, SAMPLES)

@@ -14,7 +14,7 @@ from pipeline.config.dials import Sampling
 from pipeline.config.parse import flat, parse
 from pipeline.config.stages import PPO, SFT, Chat, Evaluate, Merge, Pretrain, Reward
 from pipeline.data.sources import DataError
-from pipeline.data.tokenize import TRANSCRIPT, decode, prompt_ids
+from pipeline.data.tokenize import TRANSCRIPT_TEMPLATE, decode, prompt_ids
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.loading import load_language_model
 from pipeline.rl.rollout import generate
@@ -75,7 +75,7 @@ def runs(tmp_path_factory, printed) -> Path:
 
 def test_every_stage_keeps_the_template_and_one_tokenizer(runs):
     finals = {stage: runs / "own" / stage / "final" for stage in ("sft", "reward", "ppo", "merge")}
-    assert {AutoTokenizer.from_pretrained(final).chat_template for final in finals.values()} == {TRANSCRIPT}
+    assert {AutoTokenizer.from_pretrained(final).chat_template for final in finals.values()} == {TRANSCRIPT_TEMPLATE}
     assert AutoTokenizer.from_pretrained(runs / "own/pretrain/final").chat_template is None
     assert len({read_done(final)["tokenizer"] for final in finals.values()}) == 1
 
@@ -95,7 +95,7 @@ def test_rows_of_text_are_validated_on_conversations(runs, tmp_path):
     argv = ["--config", str(ROOT / "configs/own/sft.yaml"), "--runs", str(tmp_path), "--report_to", "none"]
     argv += ["--base", str(runs / "own/pretrain/final"), "--precision", "fp32", *SMALL["sft"].split()]
     argv += ["--train_file", f"{tmp_path}/text.jsonl", "--validation_file", f"{tmp_path}/talk.jsonl"]
-    assert AutoTokenizer.from_pretrained(sft.train(parse(SFT, argv))).chat_template == TRANSCRIPT
+    assert AutoTokenizer.from_pretrained(sft.train(parse(SFT, argv))).chat_template == TRANSCRIPT_TEMPLATE
 
 
 def test_the_merged_model_answers_through_its_template(runs):

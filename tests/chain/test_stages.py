@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from pipeline import evaluate, merge, ppo, pretrain, reward, sft
 from pipeline.config.parse import Config, flat, parse
 from pipeline.config.stages import PPO, SFT
-from pipeline.runtime.process import run_stage
 from pipeline.runtime.finished import read_done, verify_files
+from pipeline.runtime.process import run_stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "merge": merge, "evaluate": evaluate}

@@ -1,4 +1,4 @@
-"""What a row means to each stage, what is refused in it, and where an error says it is; oracles are by hand."""
+"""What each stage reads from a row, what is refused in it, and where an error says it is; expected values by hand."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.formats import FORMS, display_text, read_rows, transcript
+from pipeline.data.formats import PARSERS, display_text, format_transcript, read_rows
 from pipeline.data.sources import DataError
 
 USER = {"role": "user", "content": "Hi?"}
@@ -16,8 +16,8 @@ OTHER = {"role": "assistant", "content": "No."}
 HH = "Human: Hi?\n\nAssistant: Yes."
 
 
-def form(kind, fields):
-    return FORMS[kind](("f: row 1", fields))
+def parse(kind, fields):
+    return PARSERS[kind](("f: row 1", fields))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def form(kind, fields):
     ],
 )
 def test_completions(fields, prompt, completion):
-    got = form("completion", fields)
+    got = parse("completion", fields)
     assert (got["prompt"], got["completion"]) == (prompt, completion)
     assert got.get("every_turn", False) == bool({"messages", "conversations"} & fields.keys())
 
@@ -55,7 +55,7 @@ def test_completions(fields, prompt, completion):
     ],
 )  # fmt: skip
 def test_pairs(fields, prompt, chosen, rejected, margin):
-    got = form("pair", fields)
+    got = parse("pair", fields)
     assert [got[name] for name in ("prompt", "chosen", "rejected", "margin")] == [prompt, chosen, rejected, margin]
 
 
@@ -70,21 +70,21 @@ def test_pairs(fields, prompt, chosen, rejected, margin):
     ],
 )
 def test_prompts(fields, prompt):
-    assert form("prompt", fields)["prompt"] == prompt
+    assert parse("prompt", fields)["prompt"] == prompt
 
 
 def test_texts_are_the_field_or_the_rows_texts_joined():
-    assert form("text", {"text": "Human: a", "key": 1}) == {"text": "Human: a", "key": 1}
-    assert form("text", {"prompt": "a", "completion": " b"}) == {"text": "a b"}
-    assert form("text", {"messages": [SYSTEM, USER, BOT]}) == {"text": "Be kind.\n\nHuman: Hi?\n\nAssistant: Yes."}
-    assert transcript([USER, BOT]) == HH
+    assert parse("text", {"text": "Human: a", "key": 1}) == {"text": "Human: a", "key": 1}
+    assert parse("text", {"prompt": "a", "completion": " b"}) == {"text": "a b"}
+    assert parse("text", {"messages": [SYSTEM, USER, BOT]}) == {"text": "Be kind.\n\nHuman: Hi?\n\nAssistant: Yes."}
+    assert format_transcript([USER, BOT]) == HH
     assert (display_text("a"), display_text([USER, BOT, USER])) == ("a", "Hi?")
 
 
 def test_other_fields_are_kept_and_the_row_is_not_changed():
     fields = {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}], "source": "x"}
     before = json.dumps(fields)
-    assert form("completion", fields)["source"] == "x"
+    assert parse("completion", fields)["source"] == "x"
     assert json.dumps(fields) == before
 
 
@@ -132,7 +132,7 @@ WRONG = [
 @pytest.mark.parametrize(("kind", "fields", "says"), WRONG)
 def test_what_cannot_be_used_is_named(kind, fields, says):
     with pytest.raises(DataError, match=says) as raised:
-        form(kind, fields)
+        parse(kind, fields)
     assert str(raised.value).startswith("f: row 1: ")
 
 
@@ -190,11 +190,11 @@ GIVES = {
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(kind=st.sampled_from(list(FORMS)), fields=st.dictionaries(NAMES, CELL, max_size=5))
+@given(kind=st.sampled_from(list(PARSERS)), fields=st.dictionaries(NAMES, CELL, max_size=5))
 def test_any_row_has_a_form_or_one_clear_error(kind, fields):
     said, got = "f: row 1: ", dict.fromkeys(GIVES[kind])
     try:
-        got = form(kind, fields)
+        got = parse(kind, fields)
     except DataError as error:
         said = str(error)
     assert said.startswith("f: row 1: ")

@@ -1,4 +1,4 @@
-"""Where rows come from: every kind of file gives the same rows; what cannot be read is named; mixtures keep shares."""
+"""Every kind of file gives the same rows; what cannot be read is named; mixtures keep their shares."""
 
 import csv
 import gzip
@@ -158,28 +158,28 @@ def test_a_source_that_is_not_there_is_named(text, says, tmp_path):
     write("a.jsonl")
     Path("a.txt").write_text("rows", encoding="utf-8")
     (tmp_path / "bare").mkdir()
-    for ask in (hash_source, lambda text: list(iterate_sources(text))):
+    for read in (hash_source, lambda text: list(iterate_sources(text))):
         with pytest.raises(DataError, match=says):
-            ask(text)
+            read(text)
 
 
 def test_a_hub_dataset_is_read_at_one_commit(monkeypatch):
-    """The hub's two functions stand in: what they are asked, and what is made of their answer."""
-    asked = []
+    """The hub's two functions are replaced: with what they are called, and what becomes of what they return."""
+    calls = []
 
     class Api:
         def dataset_info(self, name, revision):
-            asked.append((name, revision))
+            calls.append((name, revision))
             return type("Info", (), {"sha": "c0ffee"})
 
     def load(name, config, **options):
-        asked.append((name, config, options))
+        calls.append((name, config, options))
         return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
 
     monkeypatch.setattr(sources, "HfApi", Api)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert fields("org/name:train[:3]@v1.0") == ROWS
-    assert asked == [
+    assert calls == [
         ("org/name", "v1.0"),
         ("org/name", None, {"split": "train[:3]", "revision": "c0ffee", "streaming": True}),
     ]
@@ -196,11 +196,11 @@ LINES = st.lists(st.binary(max_size=30) | OBJECT, max_size=5)
 @given(name=st.sampled_from(["x.jsonl", "x.json", "x.csv", "x.parquet", "x.jsonl.gz", "x.csv.gz"]), lines=LINES)
 def test_any_bytes_are_rows_or_one_clear_error(name, lines):
     Path(name).write_bytes(b"\n".join(lines))
-    said = name
+    message = name
     rows: list = []
     try:
         rows = list(islice(iterate_sources(name), 10))
     except DataError as error:
-        said = str(error)
-    assert said.startswith(name)
+        message = str(error)
+    assert message.startswith(name)
     assert all(isinstance(row, dict) for _, row in rows)

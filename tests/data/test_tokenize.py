@@ -14,10 +14,11 @@ from trl.data_utils import apply_chat_template
 from pipeline.data.sources import DataError
 from pipeline.data.tokenize import (
     IGNORE_INDEX,
-    TRANSCRIPT,
+    TRANSCRIPT_TEMPLATE,
+    chat_segments,
     completion_rows,
     ensure_chat_template,
-    flatten_pieces,
+    join_segments,
     language_rows,
     pad_rows,
     preference_rows,
@@ -25,7 +26,6 @@ from pipeline.data.tokenize import (
     prompt_ids,
     show_example,
     text_ids,
-    turn_ids,
 )
 from pipeline.data.tokenizer import train_tokenizer
 
@@ -155,7 +155,7 @@ def templated(tokenizer, template):
 
 @pytest.fixture(scope="module")
 def chat(chars):
-    return templated(chars, TRANSCRIPT)
+    return templated(chars, TRANSCRIPT_TEMPLATE)
 
 
 TALK = [("system", "be kind"), ("user", "hi"), ("assistant", "yes"), ("user", "so?"), ("assistant", "no!")]
@@ -167,14 +167,14 @@ def spelled(tokenizer, pieces):
 
 
 def test_a_conversation_is_cut_at_its_answers(chat):
-    assert spelled(chat, turn_ids(chat, TALK)) == [
+    assert spelled(chat, chat_segments(chat, TALK)) == [
         ("<bos>be kind\n\nHuman: hi\n\nAssistant:", False),
         (" yes<eos>", True),
         ("\n\nHuman: so?\n\nAssistant:", False),
         (" no!<eos>", True),
     ]
-    assert spelled(chat, turn_ids(chat, TALK[:2])) == [("<bos>be kind\n\nHuman: hi\n\nAssistant:", False)]
-    assert spelled(chat, turn_ids(chat, TALK[:4]))[-1] == ("\n\nHuman: so?\n\nAssistant:", False)
+    assert spelled(chat, chat_segments(chat, TALK[:2])) == [("<bos>be kind\n\nHuman: hi\n\nAssistant:", False)]
+    assert spelled(chat, chat_segments(chat, TALK[:4]))[-1] == ("\n\nHuman: so?\n\nAssistant:", False)
 
 
 def test_a_conversations_ids_are_the_same_in_sft_reward_and_ppo(chat):
@@ -203,7 +203,7 @@ def test_the_plain_template_passes_trls_checks_and_trls_splitting_agrees(chat):
     assert is_chat_template_stop_token_trained(chat)
     parts = apply_chat_template({"prompt": TALK[:4], "completion": TALK[4:]}, chat)
     assert parts["prompt"] == chat.decode(prompt_ids(chat, [TALK[:4]])[0])
-    assert parts["completion"].rstrip() == chat.decode(turn_ids(chat, TALK)[-1][0])
+    assert parts["completion"].rstrip() == chat.decode(chat_segments(chat, TALK)[-1][0])
 
 
 CHATML = (
@@ -215,13 +215,13 @@ CHATML = (
 def test_a_template_of_its_own_is_used_and_its_line_break_is_no_part_of_the_answer(chars):
     chatml = templated(chars, CHATML)
     chatml.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
-    assert spelled(chatml, turn_ids(chatml, TALK[1:4])) == [
+    assert spelled(chatml, chat_segments(chatml, TALK[1:4])) == [
         ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False),
         ("yes<|im_end|>", True),
         ("\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n", False),
     ]
     assert (
-        flatten_pieces(turn_ids(chatml, TALK[1:4]))
+        join_segments(chat_segments(chatml, TALK[1:4]))
         == chatml(
             chatml.apply_chat_template(TALK[1:4], tokenize=False, add_generation_prompt=True), add_special_tokens=False
         )["input_ids"]
@@ -241,7 +241,7 @@ def test_a_template_of_its_own_is_used_and_its_line_break_is_no_part_of_the_answ
 )
 def test_a_template_that_cannot_be_trained_on_is_refused(chars, template, says):
     with pytest.raises(DataError, match=says):
-        turn_ids(templated(chars, template), TALK)
+        chat_segments(templated(chars, template), TALK)
 
 
 def test_a_conversation_without_a_template_is_refused(chars):
@@ -254,7 +254,7 @@ def test_a_tokenizer_without_a_template_gets_one_only_for_conversations(chars, c
     ensure_chat_template(bare, [{"prompt": "a"}])
     assert bare.chat_template is None
     ensure_chat_template(bare, [{"prompt": "a"}, {"prompt": TALK[:2]}])
-    assert bare.chat_template == TRANSCRIPT
+    assert bare.chat_template == TRANSCRIPT_TEMPLATE
     assert "no chat template" in capsys.readouterr().out
     own = templated(chars, CHATML)
     ensure_chat_template(own, [{"prompt": TALK[:2]}])
@@ -286,7 +286,7 @@ def test_text_that_spells_a_special_token_stays_text(words, bpe_chat):
 
 @pytest.fixture(scope="module")
 def bpe_chat():
-    return templated(train_tokenizer("bpe", ["Human: Assistant: a cat"], 280), TRANSCRIPT)
+    return templated(train_tokenizer("bpe", ["Human: Assistant: a cat"], 280), TRANSCRIPT_TEMPLATE)
 
 
 @pytest.mark.parametrize("pad_id", [0, 7])  # 7 is a token of the texts: a mask of `ids != pad` would hide it

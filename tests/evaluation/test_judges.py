@@ -13,7 +13,7 @@ from pipeline.evaluation import judges
 from pipeline.evaluation.judges import Vader, fit_classifier, linear_pair_baseline, longer_wins
 from pipeline.evaluation.statistics import (
     Estimate,
-    by_bucket,
+    accuracy_by_bucket,
     length_controlled_difference,
     mean_ci,
     pair_accuracy,
@@ -233,7 +233,7 @@ def test_longer_wins_counts_words_not_letters() -> None:
 
 
 def test_buckets_are_half_open_and_count_every_pair_once() -> None:
-    buckets = by_bucket([1, 0, 1, 0.5, 1], [1.0, 2.0, 2.5, 3.9, 8.0], [1, 2, 4, 6, 8])
+    buckets = accuracy_by_bucket([1, 0, 1, 0.5, 1], [1.0, 2.0, 2.5, 3.9, 8.0], [1, 2, 4, 6, 8])
     assert [(bucket.low, bucket.high) for bucket in buckets] == [(1, 2), (2, 4), (4, 6), (6, 8)]
     assert [bucket.accuracy and (bucket.accuracy.value, bucket.accuracy.n) for bucket in buckets] == [
         (1.0, 1),
@@ -242,9 +242,9 @@ def test_buckets_are_half_open_and_count_every_pair_once() -> None:
         (1.0, 1),
     ]
     with pytest.raises(ValueError, match="outside the edges"):
-        by_bucket([1, 0], [0.5, 2.0], [1, 3])
+        accuracy_by_bucket([1, 0], [0.5, 2.0], [1, 3])
     with pytest.raises(ValueError, match="increasing"):
-        by_bucket([1, 0], [1, 2.0], [1, 3, 3])
+        accuracy_by_bucket([1, 0], [1, 2.0], [1, 3, 3])
 
 
 PRAISE, BLAME, FILLER = ["superb", "tender", "witty"], ["dull", "crass", "limp"], ["plot", "cast", "score", "scene"]
@@ -418,8 +418,8 @@ def test_text_statistics_do_not_depend_on_order_or_case() -> None:
         (lambda: length_controlled_difference([1.0, 2.0], [1.0, 1.0], [3, 4], [3, 3]), "at least 3 pairs"),
         (lambda: length_controlled_difference([1.0] * 3, [1.0] * 3, [3, 4], [3, 3]), "differ in length: 3 and 2"),
         (lambda: pair_accuracy([float("nan")]), "not finite"),
-        (lambda: by_bucket([1.0], [1.0, 2.0], [0, 3]), "differ in length: 1 and 2"),
-        (lambda: by_bucket([1.0], [1.0], [0]), "two or more"),
+        (lambda: accuracy_by_bucket([1.0], [1.0, 2.0], [0, 3]), "differ in length: 1 and 2"),
+        (lambda: accuracy_by_bucket([1.0], [1.0], [0]), "two or more"),
         (lambda: longer_wins(["a"], ["a", "b"]), "differ in length: 1 and 2"),
         (lambda: linear_pair_baseline(["a"], ["b"], [1.0, 2.0], ["a"], ["b"]), "one margin per pair"),
         (lambda: linear_pair_baseline(*_pairs(20, seed=20), ["a", "b"], ["a"]), "one rejected text"),

@@ -8,8 +8,8 @@ import pytest
 from ranks import STAGES, changed, configs, cut_off
 
 from pipeline.runtime import checkpoints
-from pipeline.runtime.hashing import file_manifest
 from pipeline.runtime.finished import StageError
+from pipeline.runtime.hashing import file_manifest
 
 NAMES = ("pretrain", "sft", "sft_lora", "reward", "ppo", "ppo_full")
 

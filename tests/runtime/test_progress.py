@@ -105,7 +105,12 @@ def test_a_bar_that_did_not_finish_stays_where_it_was():
 
 @pytest.mark.parametrize(
     ("terminal", "main", "kind"),
-    [(True, True, ProgressBar), (False, True, ProgressLines), (True, False, NullProgress), (False, False, NullProgress)],
+    [
+        (True, True, ProgressBar),
+        (False, True, ProgressLines),
+        (True, False, NullProgress),
+        (False, False, NullProgress),
+    ],
 )
 def test_the_display_suits_where_it_is_printed(monkeypatch, terminal, main, kind):
     monkeypatch.setattr(progress, "console", Console(file=io.StringIO(), force_interactive=terminal))

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from pipeline.config.parse import parse
 from pipeline.config.stages import SFT
 from pipeline.data.sources import DataError, hash_sources
-from pipeline.runtime.hashing import hash_value
 from pipeline.runtime.finished import StageError, read_done, verify_files
+from pipeline.runtime.hashing import hash_value
 from pipeline.runtime.stage_run import StageRun
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -40,7 +40,8 @@ def run_python(script: str, folder: Path, **env: str) -> str:
     kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=folder, env=kept | {"PYTHONPATH": str(ROOT)} | env, capture_output=True, text=True, timeout=120, check=False,
+        cwd=folder, env=kept | {"PYTHONPATH": str(ROOT)} | env, capture_output=True, text=True, timeout=120,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
