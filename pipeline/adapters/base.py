@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.adapters.lineage import read_lineage
 from pipeline.config.errors import UserError
-from pipeline.data.tokenizer import ModelError, first_line, load_tokenizer
-from pipeline.models.loading import ATTN_IMPLEMENTATION, disable_dropout_, freeze, load_language_model
+from pipeline.data.tokenizer import ModelError, load_tokenizer
+from pipeline.models.loading import disable_dropout_, freeze, load_language_model, load_pretrained
 from pipeline.models.multi_adapter import hash_weights
 
 
@@ -81,17 +79,8 @@ def load_classifier(path: str | Path, num_labels: int) -> tuple[PreTrainedModel,
 
     A head that lies with the base was trained with one of its adapters (a reward stage's final/) and is in that too.
     """
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-            attn_implementation=ATTN_IMPLEMENTATION,
-            **({"num_labels": num_labels} if num_labels else {}),
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path}: no model can be loaded from it: {first_line(error)}") from None
+    labels: dict[str, Any] = {"num_labels": num_labels} if num_labels else {}
+    model, info = load_pretrained(AutoModelForSequenceClassification, path, **labels)
     trunk = f"{model.base_model_prefix}."
     missing = [name for name in info["missing_keys"] if name.startswith(trunk)]
     if missing:

@@ -7,7 +7,7 @@ from pipeline.config.errors import ConfigError
 
 DTYPE = "type of the weights that are written; fp32 is exact, the others are measured against it"
 DRIFT = "write although rounding to dtype, or merging, changes more than 5 % of what the adapter does"
-PROBES = "rows with `prompt`: merged, on the fly and mixed from the parents must agree on them"
+PROBES = "rows with `prompt`: merged, unmerged and mixed from the parents must agree on them"
 BASE = "model that the adapters were trained on; empty: the one in their folders"
 
 

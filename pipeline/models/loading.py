@@ -77,13 +77,18 @@ def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> 
     return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, attn_implementation=ATTN_IMPLEMENTATION)
 
 
-def load_pretrained(kind: Any, path: str | Path, in_4bit: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A transformers model in fp32 and its loading info (missing and unexpected keys); ModelError if there is none."""
+def load_pretrained(
+    kind: Any, path: str | Path, in_4bit: bool = False, **overrides: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A transformers model in fp32 and its loading info (missing and unexpected keys); ModelError if there is none.
+
+    `overrides` go into the model's configuration.
+    """
     quantization = quantization_kwargs() if in_4bit else {}
     try:
         return kind.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-            attn_implementation=ATTN_IMPLEMENTATION, **quantization,
+            attn_implementation=ATTN_IMPLEMENTATION, **quantization, **overrides,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: no model can be loaded from it: {first_line(error)}") from None
