@@ -83,9 +83,9 @@ class Run:
     def folder(self, stage: str) -> Path:
         return Path(self.runs) / self.recipe / stage
 
-    def final(self, stage: str, given: str = "") -> Path:
+    def final(self, stage: str, folder: str = "") -> Path:
         """The finished output of a stage: the directory given by a dial, else this recipe's own."""
-        return Path(given) if given else self.folder(stage) / "final"
+        return Path(folder) if folder else self.folder(stage) / "final"
 
 
 @dataclasses.dataclass(frozen=True)

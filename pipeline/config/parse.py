@@ -59,10 +59,10 @@ def _parse(defaults: Any, program: str, about: str, default_file: str, argv: lis
     stage = type(defaults).__name__.lower()
     known = {dial.name: dial for dial in dials(defaults)}
     try:
-        given = _words(argv, known, stage)
-        file = given.pop("config", "") or default_file
+        texts = _words(argv, known, stage)
+        file = texts.pop("config", "") or default_file
         values = flat(defaults) | (_read_file(Path(file), known, stage) if file else {})
-        for name, text in given.items():
+        for name, text in texts.items():
             values[name] = known[name].read(text, f"argument --{name}")
         config = with_values(defaults, values)
         if hasattr(config, "check"):
@@ -83,10 +83,10 @@ def _words(argv: list[str], known: Mapping[str, Dial], stage: str) -> dict[str, 
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in ("config", *known):
         parser.add_argument(f"--{name}")
-    given, others = parser.parse_known_args(argv)
+    values, others = parser.parse_known_args(argv)
     if others:
         raise ConfigError(unknown(others[0].lstrip("-").split("=")[0], ("config", *known), stage))
-    return vars(given)
+    return vars(values)
 
 
 def _read_file(file: Path, known: Mapping[str, Dial], stage: str) -> dict[str, Any]:

@@ -240,8 +240,10 @@ class PPO:
 
     def micro_batches(self, processes: int) -> int:
         """Micro-batches per optimiser step on one process."""
-        own = exact(self.per_process(processes), self.num_mini_batches, "rollout_batch / processes / num_mini_batches")
-        return exact(own, min(self.micro_batch, own), "sequences per minibatch and process / micro_batch")
+        minibatch = exact(
+            self.per_process(processes), self.num_mini_batches, "rollout_batch / processes / num_mini_batches"
+        )
+        return exact(minibatch, min(self.micro_batch, minibatch), "sequences per minibatch and process / micro_batch")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,11 +27,11 @@ figures are of texts that no choice depends on."""
 
 def split_of(key: str) -> str:
     """The split that the sha256 of a group's key selects, in the proportions of SPLITS."""
-    place = hash_to_int(f"{DRAW} {key}") / 2**64
+    number = hash_to_int(f"{DRAW} {key}") / 2**64  # in [0, 1)
     for name, share in SPLITS.items():
-        if place < share:
+        if number < share:
             return name
-        place -= share
+        number -= share
     return "judge"
 
 

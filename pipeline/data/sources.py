@@ -115,9 +115,9 @@ def _rows_as_dicts(source: Source) -> Iterator[dict[str, Any]]:
 
 def parse_source(text: str) -> Source:
     """One source, with its share after a '*' if it has one."""
-    place, star, share = text.rpartition("*")
+    name, star, share = text.rpartition("*")
     if not star or Path(text).exists():
-        place, share = text, ""
+        name, share = text, ""
     weight = None
     if share:
         try:
@@ -126,22 +126,22 @@ def parse_source(text: str) -> Source:
             weight = 0.0
         if not 0 < weight < float("inf"):
             raise DataError(f"{text}: expected a positive number after '*', got '{share}'")
-    if not place:
+    if not name:
         raise DataError(f"'{text}': expected a file, folder or hub dataset before and after every comma")
-    path = Path(place)
+    path = Path(name)
     if path.is_dir():
         files = tuple(file for file in sorted(path.iterdir()) if file.name.endswith(SUFFIXES))
         if not files:
             raise DataError(f"{path}: no {', '.join(SUFFIXES[:4])} file in this folder")
-        return Source(place, files, share=weight)
+        return Source(name, files, share=weight)
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise DataError(f"{path}: expected a {', '.join(SUFFIXES[:4])} file (.gz for the text formats)")
-        return Source(place, (path,), share=weight)
-    match = HUB.fullmatch(place)
-    if not match or place.endswith(SUFFIXES):
-        hint = "; `make data` makes the default recipe's" if place.startswith("data/imdb/") else ""
-        raise DataError(f"{place}: no such file or folder{hint}")
+        return Source(name, (path,), share=weight)
+    match = HUB.fullmatch(name)
+    if not match or name.endswith(SUFFIXES):
+        hint = "; `make data` makes the default recipe's" if name.startswith("data/imdb/") else ""
+        raise DataError(f"{name}: no such file or folder{hint}")
     return Source(match["name"], (), match["config"], match["split"] or "train", match["revision"] or "main", weight)
 
 

@@ -61,7 +61,7 @@ class Vader:
 class Classifier:
     """A bag-of-words judge made by `fit_classifier`: calling it returns P(positive) of each text.
 
-    `holdout_accuracy` is of this very classifier, on texts that it was not fitted to.
+    `holdout_accuracy` is its accuracy on texts that it was not fitted to.
     """
 
     vectorizer: TfidfVectorizer

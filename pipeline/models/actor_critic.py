@@ -58,8 +58,8 @@ def add_reward_model(path: str | Path, policy: Policy) -> PreTrainedModel | Valu
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.fill_(-shift)
-    own = {key: value for key, value in saved.weights.items() if key != f"{PREFIX}score.weight"}
-    add_adapter(policy, REWARD, saved.config, own)
+    weights = {key: value for key, value in saved.weights.items() if key != f"{PREFIX}score.weight"}
+    add_adapter(policy, REWARD, saved.config, weights)
     return freeze(head)
 
 

@@ -51,11 +51,11 @@ class Progress:
 
 def start_or_resume(setup: Setup) -> Progress:
     """A fresh run's progress; or the checkpoint's, with module, optimiser, scheduler and random states put back."""
-    found = setup.stage.resume_from
-    if found is None:
+    checkpoint = setup.stage.resume_from
+    if checkpoint is None:
         return Progress(setup.config.kl_coef)
-    accelerator, state = setup.accelerator, found.facts["state"]
-    load_training(accelerator, setup.prepared, setup.optimizer, found.folder)
+    accelerator, state = setup.accelerator, checkpoint.facts["state"]
+    load_training(accelerator, setup.prepared, setup.optimizer, checkpoint.folder)
     setup.scheduler.load_state_dict(state["scheduler"])
     for group, rate in zip(setup.optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
         group["lr"] = rate
@@ -66,8 +66,8 @@ def start_or_resume(setup: Setup) -> Progress:
     ]
     if is_main():
         best = max(history, key=lambda evaluation: evaluation.reward)
-        best.weights.update(load_file(found.folder / BEST))
-    return Progress(state["kl_coef"], found.step, state["skipped"], history)
+        best.weights.update(load_file(checkpoint.folder / BEST))
+    return Progress(state["kl_coef"], checkpoint.step, state["skipped"], history)
 
 
 def save_progress_if_due(setup: Setup, progress: Progress) -> None:

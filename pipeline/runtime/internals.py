@@ -47,7 +47,7 @@ def layers_kept_whole(model: Any) -> Any:
 
 
 def forward_override(module: Any) -> Callable[..., Any] | None:
-    """The `forward` that somebody has put on this very instance, if any."""
+    """The `forward` that was set on the instance itself, or None."""
     return vars(module).get("forward")
 
 
@@ -85,7 +85,7 @@ def set_tokens_trained(trainer: Any, tokens: float) -> None:
 
 
 def log_tokens(trainer: Any) -> None:
-    """Has the count of tokens stand in the trainer's next log line."""
+    """Puts the count of tokens into the trainer's next log line."""
     trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
 
 

@@ -42,5 +42,5 @@ def run_stage(train: Callable[[Any], object], config: Any) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        place = error.filename or "the disk"
-        sys.exit(f"error: {place}: no space left; what was finished is untouched: make room, run again")
+        path = error.filename or "the disk"
+        sys.exit(f"error: {path}: no space left; what was finished is untouched: make room, run again")

@@ -60,26 +60,25 @@ class ProgressLines(NullProgress):
         """`clock` gives the seconds of a clock that never goes back."""
         self.stage, self.console, self.clock = stage, console, clock
         self.first: tuple[int, float] | None = None  # the first step shown, and when
-        self.printed = 0.0  # when a line was last printed
+        self.last_line, self.last_time = "", 0.0  # as printed
         self.pending = ""  # the newest line, while it is not printed
 
     def show(self, done: int, total: int, values: Mapping[str, str]) -> None:
         now = self.clock()
-        self.pending = ", ".join(
-            [f"{self.stage}: {done}/{total}", *self._time_left(done, total, now)]
-            + [f"{name} {value}" for name, value in values.items()]
-        )
-        if self.first is None or done >= total or now - self.printed >= SECONDS_BETWEEN_LINES:
+        numbers = [f"{name} {value}" for name, value in values.items()]
+        line = ", ".join([f"{self.stage}: {done}/{total}", *self._time_left(done, total, now), *numbers])
+        self.pending = line if line != self.last_line else ""  # the last step may be shown twice
+        if self.first is None or done >= total or now - self.last_time >= SECONDS_BETWEEN_LINES:
             self._print(now)
         self.first = self.first or (done, now)
 
     def close(self, finished: bool) -> None:
-        if self.pending:
-            self._print(self.clock())
+        self._print(self.clock())
 
     def _print(self, now: float) -> None:
-        self.console.print(self.pending, markup=False)
-        self.printed, self.pending = now, ""
+        if self.pending:
+            self.console.print(self.pending, markup=False)
+            self.last_line, self.last_time, self.pending = self.pending, now, ""
 
     def _time_left(self, done: int, total: int, now: float) -> list[str]:
         """At the mean speed since the first step shown; nothing before the second and after the last."""

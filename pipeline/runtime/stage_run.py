@@ -73,7 +73,7 @@ class StageRun:
             | {"arithmetic": self.launch["precision"]},
         )
         self.checkpoints = self.folder / "checkpoints"
-        self.resume_from: Checkpoint | None = None  # known once the stage is entered
+        self.resume_from: Checkpoint | None = None  # set when the stage is entered
         self.heartbeat = Heartbeat(stage, self.folder / ".processes", config.run.patience)
         self._tracking: Tracking | None = None
         self._progress = new_progress(stage)
@@ -140,7 +140,7 @@ class StageRun:
             self._tracking.close(failed=kind is not None)
 
     def _check_disk(self) -> None:
-        """StageError when the disk has no room for two models like the parents': found now, not at the end."""
+        """StageError where the disk has no space for two models of the largest parent's size."""
         needed = max([LEAST_DISK, *(2 * parent["bytes"] for parent in self.parents.values())])
         folder = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(folder).free

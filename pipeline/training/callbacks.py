@@ -37,6 +37,9 @@ class MetricsCallback(TrainerCallback):
         if state.global_step < state.max_steps:  # log lines may be minutes apart
             self.run.show_progress(state.max_steps, state.global_step, **self.shown)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.run.show_progress(state.max_steps, state.global_step, **self.shown)  # the last step may have no log line
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
     ) -> None:

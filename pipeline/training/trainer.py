@@ -107,14 +107,14 @@ def run_training(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRu
 @contextmanager
 def autocast_forward(model: nn.Module, precision: str) -> Iterator[None]:
     """Within it the model's forward runs in that precision and gives fp32, as Accelerate has it under DDP alone."""
-    own = forward_override(model)  # a trainer may have put one on the instance
+    override = forward_override(model)  # a trainer may have put one on the instance
     model.forward = convert_outputs_to_fp32(autocast(precision)(model.forward))
     try:
         yield
     finally:
         del model.forward
-        if own is not None:
-            model.forward = own
+        if override is not None:
+            model.forward = override
 
 
 class NextTokenTrainer(SFTTrainer):

@@ -35,9 +35,9 @@ def parse(kind, fields):
     ],
 )
 def test_completions(fields, prompt, completion):
-    got = parse("completion", fields)
-    assert (got["prompt"], got["completion"]) == (prompt, completion)
-    assert got.get("every_turn", False) == bool({"messages", "conversations"} & fields.keys())
+    parsed = parse("completion", fields)
+    assert (parsed["prompt"], parsed["completion"]) == (prompt, completion)
+    assert parsed.get("every_turn", False) == bool({"messages", "conversations"} & fields.keys())
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_completions(fields, prompt, completion):
     ],
 )  # fmt: skip
 def test_pairs(fields, prompt, chosen, rejected, margin):
-    got = parse("pair", fields)
-    assert [got[name] for name in ("prompt", "chosen", "rejected", "margin")] == [prompt, chosen, rejected, margin]
+    parsed = parse("pair", fields)
+    assert [parsed[name] for name in ("prompt", "chosen", "rejected", "margin")] == [prompt, chosen, rejected, margin]
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_a_bad_row_stops_or_is_left_out_and_counted(rows, capsys):
     with pytest.raises(DataError, match=r"rows\.jsonl: row 2: rejected: the same .*--bad_rows drop"):
         read_rows(source, "pair")
     assert [row["chosen"] for row in read_rows(source, "pair", bad_rows="drop")] == ["b", "e"]
-    said = capsys.readouterr().out
-    assert "2 rows dropped" in said
-    assert "row 2: rejected" in said
+    printed = capsys.readouterr().out
+    assert "2 rows dropped" in printed
+    assert "row 2: rejected" in printed
     with pytest.raises(DataError, match=r"no row of it can be used; the first: .*row 1"):
         read_rows(rows({"chosen": 3}), "pair", bad_rows="drop")
 
@@ -181,7 +181,7 @@ NAMES = st.sampled_from(
 )
 
 
-GIVES = {
+FIELDS = {
     "text": ["text"],
     "completion": ["prompt", "completion"],
     "pair": ["prompt", "chosen", "rejected", "margin"],
@@ -192,10 +192,10 @@ GIVES = {
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(kind=st.sampled_from(list(PARSERS)), fields=st.dictionaries(NAMES, CELL, max_size=5))
 def test_any_row_has_a_form_or_one_clear_error(kind, fields):
-    said, got = "f: row 1: ", dict.fromkeys(GIVES[kind])
+    message, parsed = "f: row 1: ", dict.fromkeys(FIELDS[kind])
     try:
-        got = parse(kind, fields)
+        parsed = parse(kind, fields)
     except DataError as error:
-        said = str(error)
-    assert said.startswith("f: row 1: ")
-    assert set(GIVES[kind]) <= got.keys()
+        message = str(error)
+    assert message.startswith("f: row 1: ")
+    assert set(FIELDS[kind]) <= parsed.keys()

@@ -179,14 +179,14 @@ def test_a_conversation_is_cut_at_its_answers(chat):
 
 def test_a_conversations_ids_are_the_same_in_sft_reward_and_ppo(chat):
     prompt, answer = TALK[:4], TALK[4:]
-    [asked], [whole] = prompt_ids(chat, [prompt]), text_ids(chat, [prompt], [answer])
-    assert whole[: len(asked)] == asked
+    [prompt_tokens], [whole] = prompt_ids(chat, [prompt]), text_ids(chat, [prompt], [answer])
+    assert whole[: len(prompt_tokens)] == prompt_tokens
     assert chat.decode(whole) == chat.apply_chat_template(TALK, tokenize=False).removesuffix("\n\n")
     row = {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": TALK[2:3], "margin": 0.0}
     assert completion_rows(chat, [row], 999, "error")[0]["input_ids"] == [whole]
     assert preference_rows(chat, [row], 999, "error")[0]["chosen_ids"] == [whole]
     tokens, mask = prompt_batch(chat, [prompt, "hi"], 999)
-    assert tokens[0].tolist() == asked
+    assert tokens[0].tolist() == prompt_tokens
     assert tokens[1][mask[1]].tolist() == chat("hi")["input_ids"]
 
 
@@ -256,9 +256,9 @@ def test_a_tokenizer_without_a_template_gets_one_only_for_conversations(chars, c
     ensure_chat_template(bare, [{"prompt": "a"}, {"prompt": TALK[:2]}])
     assert bare.chat_template == TRANSCRIPT_TEMPLATE
     assert "no chat template" in capsys.readouterr().out
-    own = templated(chars, CHATML)
-    ensure_chat_template(own, [{"prompt": TALK[:2]}])
-    assert own.chat_template == CHATML
+    chatml = templated(chars, CHATML)
+    ensure_chat_template(chatml, [{"prompt": TALK[:2]}])
+    assert chatml.chat_template == CHATML
 
 
 # what people wrote stays text
@@ -278,8 +278,8 @@ def test_text_that_spells_a_special_token_stays_text(words, bpe_chat):
     assert not special & set(plain[1:])
     assert bpe_chat.decode(plain[1:]) == text
     assert text_ids(bpe_chat, [text], [text])[0] == [*plain, *plain[1:], bpe_chat.eos_token_id]
-    asked, answered = [{"role": "user", "content": text}], [{"role": "assistant", "content": text}]
-    whole = text_ids(bpe_chat, [asked], [answered])[0]
+    prompt, answer = [{"role": "user", "content": text}], [{"role": "assistant", "content": text}]
+    whole = text_ids(bpe_chat, [prompt], [answer])[0]
     assert [i for i in whole if i in special] == [bpe_chat.bos_token_id, bpe_chat.eos_token_id]
     assert bpe_chat.decode(whole) == f"<bos>Human: {text}\n\nAssistant: {text}<eos>"
 

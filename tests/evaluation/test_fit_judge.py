@@ -28,12 +28,12 @@ def test_the_judge_learns_what_its_labels_say(tmp_path, key):
 
 
 def test_the_judge_keeps_a_documents_texts_on_one_side(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(judges, "fit_classifier", lambda *given: seen.update(given=given))
+    calls = []
+    monkeypatch.setattr(judges, "fit_classifier", lambda *arguments: calls.append(arguments))
     fit_judge(judge_file(tmp_path, key=True), seed=5)
-    texts, labels, seed, groups = seen["given"]
+    texts, labels, seed, groups = calls[0]
     assert (seed, groups[:4]) == (5, ["d0", "d0", "d1", "d1"])
     assert labels[:4] == [1, 0, 1, 0]
     assert "lovely" in texts[0]
     fit_judge(judge_file(tmp_path, key=False), seed=5)
-    assert seen["given"][3] is None
+    assert calls[1][3] is None

@@ -84,7 +84,7 @@ def test_transformers_saves_as_its_quantizer_says(saved, tmp_path):
             quant_method = "of no kind"
 
     model.hf_quantizer = Quantizer()
-    with pytest.raises((ValueError, AttributeError), match="of no kind|get_state_dict"):
+    with pytest.raises((ValueError, AttributeError), match=r"of no kind|get_state_dict"):
         model.save_pretrained(tmp_path / "refused")
     internals.forget_quantization(model)
     model.save_pretrained(tmp_path / "saved")

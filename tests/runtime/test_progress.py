@@ -76,6 +76,13 @@ def test_the_last_step_that_was_reported_is_printed_once(lines, log_file, clock,
     assert printed(log_file) == ["ppo: 10/24", "ppo: 20/24, 0:02 left, loss [1.5]"]
 
 
+def test_a_last_step_that_is_shown_twice_is_printed_once(lines, log_file):
+    for step in (1, 24, 24):
+        lines.show(step, 24, {"loss": "1.5"})
+    lines.close(finished=True)
+    assert printed(log_file) == ["ppo: 1/24, loss 1.5", "ppo: 24/24, loss 1.5"]
+
+
 def test_nothing_reported_prints_nothing(log_file):
     for display in (ProgressLines("ppo", log_file), NullProgress()):
         display.close(finished=True)

@@ -62,51 +62,51 @@ def start(project, **env):
 def records(folder: Path) -> dict[str, list]:
     """The records of an offline run's one .wandb file (LevelDB's log format), by kind."""
     [file] = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, place, whole = file.read_bytes(), 7, b""
-    found = defaultdict(list)
-    while place + 7 <= len(data):
-        if (room := 32768 - place % 32768) < 7:
-            place += room
+    data, offset, whole = file.read_bytes(), 7, b""
+    by_kind = defaultdict(list)
+    while offset + 7 <= len(data):
+        if (rest := 32768 - offset % 32768) < 7:
+            offset += rest
             continue
-        _, size, kind = struct.unpack_from("<IHB", data, place)
-        whole += data[place + 7 : place + 7 + size]
-        place += 7 + size
+        _, size, kind = struct.unpack_from("<IHB", data, offset)
+        whole += data[offset + 7 : offset + 7 + size]
+        offset += 7 + size
         if kind in (1, 4):  # the whole record, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(whole)
             name = record.WhichOneof("record_type")
-            found[name].append(getattr(record, name))
+            by_kind[name].append(getattr(record, name))
             whole = b""
-    return found
+    return by_kind
 
 
 def values(items) -> dict:
     """A history record's values; a table is several items of one name."""
-    found: dict = {}
+    result: dict = {}
     for item in items:
         name, *field = item.nested_key or [item.key]
         value = json.loads(item.value_json)
         if field:
-            found.setdefault(name, {})[field[0]] = value
+            result.setdefault(name, {})[field[0]] = value
         else:
-            found[name] = value
-    return found
+            result[name] = value
+    return result
 
 
 def test_an_offline_run_holds_names_config_tables_and_linked_artifacts(project):
     done = start(project)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wandb: offline; upload with `wandb sync ") == 2
-    base, found = records(project / "runs/r/pretrain"), records(project / "runs/r/sft")
+    base, sft = records(project / "runs/r/pretrain"), records(project / "runs/r/sft")
 
-    [run] = found["run"]
+    [run] = sft["run"]
     assert (run.project, run.run_group, run.job_type) == ("rlhf-pipeline", "r", "sft")
     assert run.display_name.startswith("r-sft-seed7-")
-    config = {item.key: json.loads(item.value_json) for part in found["config"] for item in part.update}
+    config = {item.key: json.loads(item.value_json) for part in sft["config"] for item in part.update}
     config |= {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (config["seed"], config["recipe"], config["label_smoothing"]) == (7, "r", 0.0)
 
-    history = [values(row.item) for row in found["history"]]
+    history = [values(row.item) for row in sft["history"]]
     metrics = [row["sft/loss"] for row in history if "sft/loss" in row]
     assert metrics == [1.0, 0.0]
     assert {name for row in history for name in row if not name.startswith("_")} == {
@@ -121,18 +121,18 @@ def test_an_offline_run_holds_names_config_tables_and_linked_artifacts(project):
     assert table == {"columns": ["step", "prompt", "response", "score"], "data": [[2, "größe", "a | b", 1.0]]} | {
         name: value for name, value in table.items() if name not in ("columns", "data")
     }
-    summary = {item.key: item.value_json for part in found["summary"] for item in part.update}
+    summary = {item.key: item.value_json for part in sft["summary"] for item in part.update}
     assert summary["sft/loss"] == "0.25"
 
     prints = {stage: verify_files(project / "runs/r" / stage / "final")["fingerprint"] for stage in ("pretrain", "sft")}
-    [made] = [artifact for artifact in base["artifact"] if artifact.type == "model"]
-    assert (made.name, json.loads(made.metadata)["fingerprint"]) == ("r-pretrain", prints["pretrain"])
-    [made] = [artifact for artifact in found["artifact"] if artifact.type == "model"]
-    assert (made.name, set(made.aliases)) == ("r-sft", {"latest", prints["sft"][:12]})
-    assert json.loads(made.metadata) == {
+    [artifact] = [entry for entry in base["artifact"] if entry.type == "model"]
+    assert (artifact.name, json.loads(artifact.metadata)["fingerprint"]) == ("r-pretrain", prints["pretrain"])
+    [artifact] = [entry for entry in sft["artifact"] if entry.type == "model"]
+    assert (artifact.name, set(artifact.aliases)) == ("r-sft", {"latest", prints["sft"][:12]})
+    assert json.loads(artifact.metadata) == {
         "fingerprint": prints["sft"], "made_from": {"base": f"r-pretrain:{prints['pretrain'][:12]}"},
     }  # fmt: skip
-    [weights] = [entry for entry in made.manifest.contents if entry.path == "model.safetensors"]
+    [weights] = [entry for entry in artifact.manifest.contents if entry.path == "model.safetensors"]
     assert weights.ref.endswith("runs/r/sft/final/model.safetensors")
 
 
@@ -151,17 +151,46 @@ def test_with_wandb_unreachable_the_result_is_the_same_with_one_warning(project)
     assert verify_files(project / "runs/r/sft/final")["fingerprint"] == fingerprint
 
 
+@pytest.mark.parametrize("mode", ["offline", None], ids=["WANDB_MODE=offline", "no key, no mode"])
+def test_wandb_runs_offline_without_asking(project, mode):
+    """Without a key and without a terminal: the run finishes, and says how to upload it later."""
+    script = """
+from pathlib import Path
+from pipeline.config.parse import parse
+from pipeline.config.stages import Merge
+from pipeline.data.sources import hash_sources
+from pipeline.runtime.stage_run import StageRun
+config = parse(Merge, ["--config", "empty.yaml", "--report_to", "wandb"])
+with StageRun("merge", config, {}, hash_sources(["train.jsonl"])) as run:
+    run.log(1, {"loss": 2.0})
+    run.finish(lambda folder: (folder / "a.txt").write_text("a"), {"loss": 2.0})
+"""
+    dropped = ("WANDB_API_KEY", "WANDB_MODE")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    env |= {"HOME": str(project), "NETRC": str(project / "no-netrc"), "PYTHONPATH": str(ROOT), "COLUMNS": "500"}
+    env |= {"WANDB_MODE": mode} if mode else {}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=project, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    command = done.stdout.split("`wandb sync ")[1].split("`")[0]
+    assert list((project / command).glob("run-*.wandb"))
+    assert verify_files(project / "runs/imdb/merge/final")["metrics"] == {"loss": 2.0}
+    assert "wandb" in {path.name for path in (project / "runs/imdb/merge").iterdir()}
+
+
 def events(folder: Path) -> list:
     """The values of TensorBoard's event files: each record is its length, a checksum, the data, a checksum."""
-    found = []
+    result = []
     for file in sorted(folder.rglob("events.*")):
-        data, place = file.read_bytes(), 0
-        while place < len(data):
-            [size] = struct.unpack_from("<Q", data, place)
-            event = event_pb2.Event.FromString(data[place + 12 : place + 12 + size])
-            found += [(event.step, value) for value in event.summary.value]
-            place += size + 16
-    return found
+        data, offset = file.read_bytes(), 0
+        while offset < len(data):
+            [size] = struct.unpack_from("<Q", data, offset)
+            event = event_pb2.Event.FromString(data[offset + 12 : offset + 12 + size])
+            result += [(event.step, value) for value in event.summary.value]
+            offset += size + 16
+    return result
 
 
 def test_tensorboard_gets_metrics_config_and_samples(project):
@@ -171,11 +200,11 @@ def test_tensorboard_gets_metrics_config_and_samples(project):
         run.log(2, {"loss": 1.0})
         run.log_samples([{"prompt": "a", "response": "b | c\nd"}], 2)
         run.finish(lambda folder: (folder / "a.txt").write_text("a"), {"loss": 1.0})
-    found = events(project / "runs/r/merge/tensorboard")
-    assert [(step, value.simple_value) for step, value in found if value.tag == "merge/loss"] == [(1, 2.0), (2, 1.0)]
-    [table] = [value.tensor.string_val[0] for _, value in found if value.tag.startswith("merge/samples")]
+    logged = events(project / "runs/r/merge/tensorboard")
+    assert [(step, value.simple_value) for step, value in logged if value.tag == "merge/loss"] == [(1, 2.0), (2, 1.0)]
+    [table] = [value.tensor.string_val[0] for _, value in logged if value.tag.startswith("merge/samples")]
     assert table.decode().splitlines() == ["| prompt | response |", "| --- | --- |", "| a | b \\| c d |"]
-    assert any("hparams" in value.tag for _, value in found)
+    assert any("hparams" in value.tag for _, value in logged)
 
 
 def test_a_missing_package_is_named_before_anything_is_written(project, monkeypatch):
