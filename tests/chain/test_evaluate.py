@@ -10,7 +10,7 @@ import pytest
 import seeds
 from scipy import stats
 
-from pipeline.evaluate import Responses, compare, headline, health
+from pipeline.evaluate import PolicyResponses, compare, headline, health
 from pipeline.evaluation.report import HEADER, markdown_page, markdown_table, table_rows, write_report
 from pipeline.evaluation.statistics import share_ci
 
@@ -20,11 +20,11 @@ SUBJECTS = ("dragon", "kitchen", "planet", "violin", "harbour", "lantern", "mead
 LEVEL = {"base": -0.7, "sft": 0.1, "ppo": 0.9}
 
 
-def responses(name: str, seed: int) -> Responses:
+def responses(name: str, seed: int) -> PolicyResponses:
     """Texts of the same few words and numbers that no two policies share."""
     random = np.random.default_rng(seed)
     texts = [f" the {SUBJECTS[i % 8]} was {name} and it was number {i} tonight" for i in range(N)]
-    return Responses(
+    return PolicyResponses(
         texts=texts,
         score=LEVEL[name] + random.normal(size=N),
         vader=np.tanh(LEVEL[name] + random.normal(size=N)),
@@ -41,7 +41,7 @@ class Judge:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Responses]:
+def measured() -> dict[str, PolicyResponses]:
     return {name: responses(name, seed) for seed, name in enumerate(("base", "sft", "ppo"))}
 
 

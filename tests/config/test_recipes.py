@@ -9,6 +9,7 @@ import yaml
 from pipeline.config.commands import Compose, Inspect, MergeAdapter, Search, Verify
 from pipeline.config.dials import Run
 from pipeline.config.parse import Config, flat, parse
+from pipeline.config.stages import PPO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = {kind.__name__.lower(): kind for kind in Config.__constraints__}
@@ -71,3 +72,23 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_a_dial_on_a_command_line_of_the_documentation_is_one(page):
     for kind, name in mentioned(page.read_text(encoding="utf-8")):
         assert name in {"config", "help", *flat(kind())}, kind.__name__
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_yaml_of_the_page_for_those_who_come_from_trl_parses(number, tmp_path):
+    page = (ROOT / "docs/from-trl.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    file = tmp_path / "ppo.yaml"
+    file.write_text(blocks[number], encoding="utf-8")
+    config = parse(PPO, ["--config", str(file)])
+    assert config.micro_batches(processes=1) > 0
+
+
+def test_the_page_for_those_who_come_from_trl_names_dials_that_are_there():
+    """In the column "here" of its first two tables each name in backticks is a dial of PPO, or of no stage at all."""
+    page = (ROOT / "docs/from-trl.md").read_text(encoding="utf-8").split("## PPOTrainer's arguments")[0]
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 30
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert named - flat(PPO()).keys() == set()
