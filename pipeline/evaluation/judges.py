@@ -24,8 +24,7 @@ Judge = Callable[[Sequence[str]], Array]
 LABELS = {"negative": 0, "positive": 1}
 HOLDOUT = 0.1  # share of a classifier's texts that it is tested on and never fitted to
 INVERSE_PENALTY = 3.0  # C of the logistic regression
-PAIR_ALPHA = 3.0  # ridge penalty of the pair baseline when no validation pairs choose one
-PAIR_ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0)  # what validation pairs choose from
+PAIR_ALPHA = 3.0  # ridge penalty of the pair baseline
 
 
 def fit_judge(file: str, seed: int) -> Classifier:
@@ -115,14 +114,12 @@ def linear_pair_baseline(
     margins: ArrayLike,
     test_chosen: Sequence[str],
     test_rejected: Sequence[str],
-    validation: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> Array:
     """Correctness (n_test,) of a bag of words: ridge regression of max(margin, 1) on tfidf(chosen) - tfidf(rejected).
 
     One TF-IDF (word 1-2-grams, sublinear tf, min_df 3), fitted to the distinct training texts. No intercept, so
     swapping a pair negates its score; adding each pair mirrored (-difference, -target) would double each squared error
-    and so change nothing but the scale of the penalty. The penalty is PAIR_ALPHA, or with `validation` = (chosen,
-    rejected) the one of PAIR_ALPHAS with the best accuracy there, the larger if two tie; the test pairs choose nothing.
+    and so change nothing but the scale of the penalty. The penalty is PAIR_ALPHA.
     Its accuracy is what the words alone are worth; what a reward model adds to it came from their order.
     """
     train_chosen, train_rejected = to_text_list(train_chosen), to_text_list(train_rejected)
@@ -139,16 +136,8 @@ def linear_pair_baseline(
             raise ValueError("a pair needs one chosen and one rejected text")
         return vectorizer.transform(to_text_list(chosen)) - vectorizer.transform(to_text_list(rejected))
 
-    def ridge(alpha: float) -> Ridge:
-        return Ridge(alpha=alpha, fit_intercept=False, solver="lsqr").fit(train, target)
-
-    test = differences(test_chosen, test_rejected)
-    if validation is None:
-        return pair_accuracy(ridge(PAIR_ALPHA).predict(test))
-    held = differences(*validation)
-    models = {alpha: ridge(alpha) for alpha in PAIR_ALPHAS}
-    best = max(PAIR_ALPHAS, key=lambda alpha: (pair_accuracy(models[alpha].predict(held)).mean(), alpha))
-    return pair_accuracy(models[best].predict(test))
+    ridge = Ridge(alpha=PAIR_ALPHA, fit_intercept=False, solver="lsqr").fit(train, target)
+    return pair_accuracy(ridge.predict(differences(test_chosen, test_rejected)))
 
 
 def _vectorizer() -> TfidfVectorizer:

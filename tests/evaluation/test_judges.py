@@ -150,24 +150,6 @@ def test_linear_pair_baseline_learns_mirrors_and_ties() -> None:
     assert linear_pair_baseline(chosen, rejected, margins, upper, bad).tolist() == [1.0] * 50
 
 
-def test_validation_pairs_choose_the_penalty() -> None:
-    """ "usual" is praised in 400 pairs, "rare" blamed in 8: only a heavy penalty, which shrinks a rare word most, lets
-    praise win where both stand in one text."""
-    chosen = [f"usual filler{i % 40}" for i in range(400)] + [f"filler{i}" for i in range(8)]
-    rejected = [f"filler{i % 40}" for i in range(400)] + [f"rare filler{i}" for i in range(8)]
-    margins, test = np.ones(408), (["usual rare"], ["unknown"])
-    answers = {}
-    for alpha in judges.PAIR_ALPHAS:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(judges, "PAIR_ALPHA", alpha)
-            answers[alpha] = float(linear_pair_baseline(chosen, rejected, margins, *test)[0])
-    assert answers[min(answers)] == 0.0
-    assert answers[max(answers)] == 1.0
-    tied = (["unknown"], ["unknown"])  # leaves all penalties equal: the heaviest
-    for validation, answer in ((test, 1.0), (test[::-1], 0.0), (tied, 1.0)):
-        assert linear_pair_baseline(chosen, rejected, margins, *test, validation=validation).tolist() == [answer]
-
-
 @pytest.mark.parametrize(
     ("call", "why"),
     [

@@ -544,7 +544,7 @@ def test_a_full_reward_model_stands_outside_as_before(parents, saved, tokenizer,
 
 def test_lora_and_ia3_do_not_share_a_base(parents):
     policy = load_policy(parents("llama", LORA) / "base", LORA)
-    with pytest.raises(ModelError, match=r"reward: it is ia3 and the policy lora: roles on one base have one type"):
+    with pytest.raises(ModelError, match=r"reward: it is ia3 and the policy lora: adapters on one base have one type"):
         add_reward_model(parents("llama", IA3) / "reward", policy)
 
 
