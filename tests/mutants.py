@@ -1,12 +1,13 @@
 """Would the tests notice? Bugs planted one at a time into a copy of the code, and the tests run on it.
 
-    python tests/mutants.py [--sample N] [--jobs 2]        (make mutants)
+    python tests/mutants.py [--planted N] [--sample N] [--two N] [--jobs 2]        (make mutants)
 
-PLANTED are bugs that pipelines for PPO have had; the rest is made from the syntax tree of the files where the maths
-is (an operator, a comparison, a slice's bound, a maximum, a sign, a mask or a detach changed), leaving out lines that only a
-clock or a second process can tell apart (tests/test_stages.py has two processes). Each mutant runs in a
-process forked after the heavy imports. Prints caught / total, and what survived. Exit status 1 when a planted bug
-survives or fewer than nine in ten of the others are caught.
+First the tests run on the code as it is: were one to fail there, every bug would count as caught. Then come the bugs of
+tests/planted_bugs.py, and changes made from the syntax tree of the files where the maths is (an operator, a comparison,
+a slice's bound, a maximum, a sign, a mask or a detach changed), leaving out lines that only a clock or a second process
+can tell apart. Each mutant runs in a process forked after the heavy imports. Prints caught / total, and what survived.
+Exit status 1 when the control run fails, when a planted bug survives, or when fewer than nine in ten of the others are
+caught.
 """
 
 import argparse
@@ -23,27 +24,47 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from planted_bugs import PLANTED, TWO_PROCESSES
+
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("tensors", "losses", "advantages", "rollout", "ppo", "monitor")
+FILES = (
+    "core/tensors",
+    "core/losses",
+    "core/advantages",
+    "rl/rollout",
+    "rl/experience",
+    "rl/update",
+    "rl/monitor",
+    "ppo",
+)
 TESTS = {
-    "tensors": ("tensors", "golden", "rollout", "parity", "ppo"),
-    "losses": ("losses", "golden", "parity", "trainers"),
-    "advantages": ("advantages", "golden", "parity", "rollout", "ppo"),
-    "rollout": ("rollout", "parity", "ppo"),
-    "ppo": ("parity", "ppo", "roles"),
-    "monitor": ("ppo",),
-    "actor_critic": ("models", "roles", "parity", "rollout", "ppo"),
-    "models": ("models", "roles", "parity", "rollout", "ppo"),
-    "roles": ("roles",),
-    "scoring": ("scoring", "parity", "rollout"),
-    "data": ("data", "rollout"),
-    "checkpoints": ("checkpoints",),
-    "keeping": ("ppo", "checkpoints"),
-    "run": ("checkpoints", "run"),
+    "core/tensors": ("core/test_tensors", "rl/test_golden", "rl/test_rollout", "rl/test_parity", "rl/test_ppo"),
+    "core/losses": ("core/test_losses", "rl/test_golden", "rl/test_parity", "training/test_trainer"),
+    "core/advantages": ("core/test_advantages", "rl/test_golden", "rl/test_parity", "rl/test_rollout", "rl/test_ppo"),
+    "rl/rollout": ("rl/test_rollout", "rl/test_parity", "rl/test_ppo"),
+    "rl/experience": ("rl/test_rollout", "rl/test_parity", "rl/test_ppo"),
+    "rl/update": ("rl/test_parity", "rl/test_ppo"),
+    "rl/setup": ("rl/test_ppo", "models/test_multi_adapter", "runtime/test_checkpoints"),
+    "rl/monitor": ("rl/test_ppo",),
+    "rl/progress": ("rl/test_ppo", "runtime/test_checkpoints"),
+    "rl/rewards": ("rl/test_rewards", "rl/test_parity", "rl/test_rollout"),
+    "ppo": ("rl/test_parity", "rl/test_ppo", "models/test_multi_adapter"),
+    "models/actor_critic": ("models/test_models", "models/test_multi_adapter", "rl/test_parity", "rl/test_ppo"),
+    "models/forward": ("models/test_models", "rl/test_parity", "rl/test_rollout", "rl/test_ppo"),
+    "models/heads": ("models/test_models", "models/test_multi_adapter", "rl/test_ppo"),
+    "models/loading": ("models/test_models", "models/test_multi_adapter"),
+    "models/saving": ("models/test_models", "rl/test_rollout"),
+    "models/multi_adapter": ("models/test_multi_adapter",),
+    "data/tokenize": ("data/test_tokenize", "rl/test_rollout"),
+    "runtime/checkpoints": ("runtime/test_checkpoints",),
+    "runtime/stage_run": ("runtime/test_checkpoints", "runtime/test_stage_run"),
 }
-SECONDS = 240  # a mutant may loop for ever
+TWO = "chain/test_distributed"
+SECONDS = 600  # a mutant may loop for ever
+NO_TESTS = 5  # pytest's exit status
 
 
 @dataclass(frozen=True)
@@ -51,101 +72,24 @@ class Mutant:
     name: str
     file: str
     text: str
-
-
-# file, what stands there, what stands there instead, whose bug it was
-PLANTED = [
-    ("tensors", "return counts.cumsum(dim=1) - counts", "return torch.arange(counts.shape[1]).expand(counts.shape)", "positions count padding"),
-    ("tensors", "is_eos.long().cumsum(dim=1) - is_eos.long() == 0", "is_eos.long().cumsum(dim=1) == 0", "the EOS is left out of the mask"),
-    ("tensors", "not_after_eos.sum(dim=1), is_eos.any(dim=1)", "not_after_eos.sum(dim=1), is_eos[:, -1]", "EOS looked for in the last slot only"),
-    ("tensors", "return torch.where(mask, x, 0).sum()", "return (x * mask).sum()", "NaN times a mask"),
-    ("tensors", "masked_sum(x, mask) / (mask.sum() if denominator is None else denominator)", "masked_sum(x, mask) / mask.sum()", "a mean per micro-batch"),
-    ("tensors", "masked_sum(x, mask) / (mask.sum() if denominator is None else denominator)", "torch.where(mask, x, 0).mean()", "a mean over padding"),
-    ("tensors", "total, count = reduce(torch.stack([masked_sum(x_real, mask), mask.sum().double()]))", "total, count = torch.stack([masked_sum(x_real, mask), mask.sum().double()])", "whitening per process"),
-    ("tensors", "masked_sum((x_real - mean).square(), mask)", "(x_real - mean).square().sum()", "variance over padding"),
-    ("tensors", "centred = x.double().masked_fill(~mask, 0) - mean", "centred = x.double().masked_fill(~mask, 0)", "whitening does not centre"),
-    ("tensors", "(logits.float() / temperature).log_softmax(dim=-1)", "logits.float().log_softmax(dim=-1)", "temperature forgotten in scoring"),
-    ("tensors", "(logits.float() / temperature).log_softmax(dim=-1)", "(logits / temperature).log_softmax(dim=-1).float()", "log-softmax in the model's type"),
-    ("tensors", "log_p.masked_fill(log_p == -torch.inf, 0)", "log_p", "entropy of a token that cannot be emitted"),
-    ("losses", "return torch.maximum(free, bound), statistics", "return torch.minimum(free, bound), statistics", "pessimism turned round"),
-    ("losses", "log_ratio = torch.where(mask, logprobs - old_logprobs, 0)", "log_ratio = torch.where(mask, old_logprobs - logprobs, 0)", "the ratio turned round"),
-    ("losses", "log_ratio = torch.where(mask, logprobs - old_logprobs, 0)", "log_ratio = logprobs - old_logprobs", "padding in the ratio"),
-    ("losses", "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(1 / (1 + clip), 1 + clip)", "a clip range that is not symmetric"),
-    ("losses", '"clipped": bound > free,\n    }', '"clipped": (ratio.detach() - 1).abs() > clip,\n    }', "clip fraction of all far ratios"),
-    ("losses", "values.clamp(old_values - clip, old_values + clip)", "values.clamp(returns - clip, returns + clip)", "values clipped around the return"),
-    ("losses", "return 0.5 * torch.maximum(free, bound), {", "return 0.5 * free, {", "the clipped value loss is not taken"),
-    ("losses", "return 0.5 * torch.maximum(free, bound), {", "return torch.maximum(free, bound), {", "the half of the value loss"),
-    ("losses", "label_smoothing * z.shape[1] / (z.shape[1] - 1)", "label_smoothing", "smoothing over all classes"),
-    ("losses", "targets = labels[:, 1:]", "targets = labels[:, :-1]", "labels not shifted"),
-    ("advantages", "return logprobs - ref_logprobs", "return ref_logprobs - logprobs", "KL of the wrong sign"),
-    ("advantages", "return logprobs - ref_logprobs", "return (logprobs - ref_logprobs).clamp(min=0)", "KL clamped to be positive"),
-    ("advantages", "return logprobs - ref_logprobs", "return kl_k3(logprobs, ref_logprobs)", "k3 in the reward"),
-    ("advantages", "torch.where(has_eos, scores, missing_eos_score)", "torch.where(has_eos, scores, scores + missing_eos_score)", "missing EOS subtracts"),
-    ("advantages", "scores[:, None].to(penalty.dtype))", "scores[:, None].to(penalty.dtype) / mask.sum(1, keepdim=True))", "the score shared out over tokens"),
-    ("advantages", "slots.masked_fill(~mask, -1).amax(dim=1)", "(slots.masked_fill(~mask, -1).amax(dim=1) + 1).clamp(max=mask.shape[1] - 1)", "the score one slot late"),
-    ("advantages", "penalty = -kl_coef * kl.masked_fill(~mask, 0)", "penalty = kl_coef * kl.masked_fill(~mask, 0)", "KL paid instead of charged"),
-    ("advantages", "    values = values.masked_fill(~mask, 0)\n    next_value", "    next_value", "values after the end bootstrap"),
-    ("advantages", "rewards[:, t] + gamma * next_value - values[:, t]", "rewards[:, t] + next_value - values[:, t]", "gamma forgotten"),
-    ("advantages", "next_advantage = delta + gamma * lam * next_advantage", "next_advantage = delta + lam * next_advantage", "gamma forgotten in the trace"),
-    ("advantages", "error = min(max(kl / target - 1, -0.2), 0.2)", "error = kl / target - 1", "the controller's error is not cut"),
-    ("rollout", "returns=(advantages + old_values).masked_fill(~mask, 0)", "returns=(whiten(advantages, mask, reduce) + old_values).masked_fill(~mask, 0)", "returns of whitened advantages"),
-    ("rollout", "replace_missing_eos(clip_scores(all_scores, config.score_clip), rollout.has_eos, config.missing_eos_score)", "clip_scores(all_scores, config.score_clip)", "a cut-off answer keeps its score"),
-    ("rollout", "advantages=whiten(advantages, mask, reduce),", "advantages=advantages,", "no whitening"),
-    ("rollout", "    model.eval()\n", "", "dropout while sampling"),
-    ("rollout", "value=tokenizer.pad_token_id", "value=tokenizer.eos_token_id", "padded with EOS"),
-    ("ppo", "accelerator.backward(loss * accelerator.num_processes)", "accelerator.backward(loss * accelerator.num_processes / len(parts))", "gradient divided by micro-batches"),
-    ("ppo", "float(update_policy) * (policy - config.entropy_coef * entropy)", "float(update_policy) * (policy + config.entropy_coef * entropy)", "the entropy bonus punishes"),
-    ("ppo", "float(update_policy) * (policy - config.entropy_coef * entropy)", "policy - config.entropy_coef * entropy", "no critic warm-up"),
-    ("ppo", "    optimizer.zero_grad()\n    return norm", "    return norm", "gradients pile up"),
-    ("ppo", "for rows in torch.randperm(len(experience)).split(own):", "for rows in torch.arange(len(experience)).split(own):", "the same minibatches every epoch"),
-    ("ppo", "for rows in torch.randperm(len(experience)).split(own):", "for rows in torch.randperm(len(experience)).split(own)[:1]:", "one minibatch per epoch"),
-    ("ppo", "lambda step: 1 - step / config.rollouts", "lambda step: 1.0", "the learning rate stays"),
-    ("ppo", "groups[CRITIC in name.split(\".\")]", "groups[False]", "the critic's rate is the policy's"),
-    ("actor_critic", "with role(self.policy, REFERENCE if REFERENCE in self.policy.peft_config else None):", "if True:", "the reference learns with the policy"),
-    ("ppo", "    if norm.isfinite() or accelerator.scaler is not None:", "    if True:", "steps into NaN"),
-    ("ppo", "norm.isfinite() or accelerator.scaler is not None:", "norm.isfinite():", "a loss scale that is never lowered"),
-    ("checkpoints", "    load_accelerator_state(", "    (lambda *_: None)(", "random states not restored"),
-    ("checkpoints", "dcp.load({", "(lambda *_, **__: None)({", "weights and moments stay where they began"),
-    ("checkpoints", "        if not damaged:\n", "        if True:\n", "a damaged checkpoint is gone on from"),
-    ("keeping", "kl_coef\"])", "kl_coef\"] / 2)", "the KL coefficient of a run that goes on is another's"),
-    ("keeping", "history[best].weights.update(load_file(found.folder / BEST))", "pass", "the best policy is lost when a run goes on"),
-    ("ppo", "        for _ in range(progress.rollouts):\n            next(batches)\n", "", "the first prompts come again"),
-    ("run", "os.truncate(self.folder / name, found.facts[\"logs\"].get(name, 0))", "pass", "log lines twice"),
-    ("ppo", "config = adapted(config, metrics[\"kl\"])", "adapted(config, metrics[\"kl\"])", "the adaptive coefficient is not used"),
-    ("ppo", "update_policy = step >= config.critic_warmup", "update_policy = step > config.critic_warmup", "the warm-up lasts one rollout too long"),
-    ("keeping", "if wrong or config.keep == \"best\" else last", "if config.keep == \"best\" else last", "a collapsed policy is kept"),
-    ("monitor", "last[\"eval_kl\"] > config.kl_budget", "first[\"eval_kl\"] > config.kl_budget", "the KL budget watches SFT"),
-    ("monitor", "\"kl\": kl / sequences", "\"kl\": kl / tokens", "KL per token called KL per response"),
-    ("actor_critic", "[:, -size - 1 : -1]", "[:, -size:]", "values after the token"),
-    ("actor_critic", "logits, tokens = output.logits[:, :-1]", "logits, tokens = output.logits[:, 1:]", "log-probabilities of the next token"),
-    ("actor_critic", "states[0][:, -size - 1 : -1]", "states[0][:, -size:]", "values of a head after the token"),
-    ("actor_critic", "self.critic(hidden if update_policy else hidden.detach())", "self.critic(hidden)", "the critic's warm-up moves the policy"),
-    ("actor_critic", "classifier.config.score_shift = -self.bias.item()", "classifier.config.score_shift = 0.0", "a value head's bias lost when saved"),
-    ("models", "    if heads:\n", "    if False:\n", "a reward model taken for a policy"),
-    ("models", 'if info["missing_keys"] or info["unexpected_keys"]:', "if False:", "a random head in place of a missing one"),
-    ("actor_critic", "logprobs_and_entropy(logits_without(logits, [pad_id]), tokens, temperature)", "logprobs_and_entropy(logits, tokens, temperature)", "padding can be emitted when scored"),
-    ("models", "top_k=0,", "", "transformers' own top-k of 50"),
-    ("roles", "            layer._active_adapter, layer._disable_adapters = names, is_base\n", "            pass\n", "a role is not given back"),
-    ("roles", "return nullcontext(), reading(layers, None if is_base else layers[0].active_adapters[0])", "return nullcontext(), nullcontext()", "activations computed again in another role"),
-    ("roles", "part.requires_grad_(owner in (POLICY, CRITIC))", "part.requires_grad_(True)", "reference and reward learn too"),
-    ("actor_critic", "with role(self.policy, head.role):", "if True:", "the critic reads the policy's adapter"),
-    ("actor_critic", "return head(checkpoint(states, use_reentrant=False))", "return head(states())", "two trunks' activations at a time"),
-    ("actor_critic", "weights | {f\"{PREFIX}score.weight\": self.weight}", "weights | {f\"{PREFIX}score.weight\": 0 * self.weight}", "a critic's head lost when saved"),
-    ("actor_critic", "theirs, ours = hash_trunk(model), hash_trunk(full_precision_base(unwrap_peft(policy)))", "theirs = ours = hash_trunk(model)", "a reward adapter on another base"),
-    ("actor_critic", "head.bias.fill_(-shift)", "head.bias.fill_(shift)", "a role's score shifted the wrong way"),
-    ("scoring", "model.config.score_shift), attention_mask)", "0.0), attention_mask)", "the score is not centred"),
-    ("scoring", "torch.where(attention_mask, positions, -1).amax(1)", "attention_mask.sum(1) - 1", "the last token under left padding"),
-    ("data", "[*next(closed), tokenizer.eos_token_id]", "[*next(closed)]", "no EOS in reward training"),
-]  # fmt: skip
+    tests: tuple[str, ...]
+    only: str = ""  # an expression of `pytest -k`
 
 
 def planted() -> Iterator[Mutant]:
-    """The bugs of PLANTED; an error when the code has changed under one of them."""
+    """The bugs of PLANTED, and those that show on two processes alone."""
     for file, old, new, name in PLANTED:
-        text = (ROOT / f"pipeline/{file}.py").read_text(encoding="utf-8")
-        if old not in text:
-            raise SystemExit(f"mutants: '{name}': no such text in pipeline/{file}.py any more: {old}")
-        yield Mutant(f"planted: {name}", file, text.replace(old, new, 1))
+        yield Mutant(f"planted: {name}", file, with_bug(file, old, new, name), TESTS[file])
+    for file, old, new, name, only in TWO_PROCESSES:
+        yield Mutant(f"planted: {name}", file, with_bug(file, old, new, name), (TWO,), only)
+
+
+def with_bug(file: str, old: str, new: str, name: str) -> str:
+    """The file's text with the bug; an error when the code has changed under it."""
+    text = (ROOT / f"pipeline/{file}.py").read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise SystemExit(f"mutants: '{name}': not once in pipeline/{file}.py: {old}")
+    return text.replace(old, new)
 
 
 SWAPS: dict[type, type] = {
@@ -233,7 +177,9 @@ def automatic(file: str) -> Iterator[Mutant]:
         for what, new in changes(node):
             mutated = Replace(number, new).visit(ast.parse(source))
             line = getattr(node, "lineno", 0)
-            yield Mutant(f"{file}.py:{line}: {what}", file, ast.unparse(ast.fix_missing_locations(mutated)))
+            yield Mutant(
+                f"{file}.py:{line}: {what}", file, ast.unparse(ast.fix_missing_locations(mutated)), TESTS[file]
+            )
 
 
 def is_caught(mutant: Mutant, copies: list[Path]) -> bool:
@@ -242,14 +188,14 @@ def is_caught(mutant: Mutant, copies: list[Path]) -> bool:
     target = copy / f"pipeline/{mutant.file}.py"
     target.write_text(mutant.text, encoding="utf-8")
     try:
-        return any(fails(copy, test) for test in TESTS[mutant.file])
+        return any(fails(copy, test, mutant.only) for test in mutant.tests)
     finally:
         shutil.copy(ROOT / f"pipeline/{mutant.file}.py", target)
         copies.append(copy)
 
 
-def fails(copy: Path, test: str) -> bool:
-    """Whether tests/test_<test>.py fails, or does not end, in a process forked from this one."""
+def fails(copy: Path, test: str, only: str = "") -> bool:
+    """Whether tests/<test>.py, or what of it `only` chooses, fails or does not end; in a process forked from here."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -260,12 +206,15 @@ def fails(copy: Path, test: str) -> bool:
         sys.path[:0] = [str(copy), str(copy / "tests")]
         import pytest
 
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", f"tests/test_{test}.py"])
-        os._exit(int(status != 0))
+        chosen = ["-k", only] if only else []
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *chosen, f"tests/{test}.py"])
+        os._exit(int(status))
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
+            if os.waitstatus_to_exitcode(status) == NO_TESTS:
+                raise SystemExit(f"mutants: no test is chosen by -k '{only}' in tests/{test}.py")
             return status != 0
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
@@ -276,7 +225,7 @@ def fails(copy: Path, test: str) -> bool:
 def new_copy(folder: Path) -> Path:
     for name in ("pipeline", "tests", "configs", "stages", "benchmarks", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "Makefile"):
+    for name in ("pyproject.toml", "README.md", "Makefile", "data-requirements.txt"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -285,6 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=70, help="how many automatic mutants, drawn with a fixed seed")
     parser.add_argument("--planted", type=int, default=len(PLANTED), help="how many planted ones, spread over the list")
+    parser.add_argument("--two", type=int, default=len(TWO_PROCESSES), help="how many that want two processes")
     parser.add_argument("--only", default="", help="planted ones of this file alone, and no automatic ones")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
@@ -303,24 +253,48 @@ def main() -> int:
 
     torch.set_num_threads(1)
     hand = [mutant for mutant in planted() if given.only in ("", mutant.file)]
-    step = max(1, len(hand) // max(1, given.planted))
-    hand = hand[::step][: given.planted]
+    alone = spread([mutant for mutant in hand if not mutant.only], given.planted)
+    together = spread([mutant for mutant in hand if mutant.only], given.two)
     every = [mutant for file in FILES for mutant in automatic(file)]
     drawn = random.Random(0).sample(every, 0 if given.only else min(given.sample, len(every)))
+    chosen = [*together, *alone, *drawn]  # the longest first
     started, survivors = time.monotonic(), []
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(given.jobs) as pool:
         copies = [new_copy(Path(place) / str(number)) for number in range(given.jobs)]
-        for mutant, caught in zip(
-            [*hand, *drawn], pool.map(lambda m: is_caught(m, copies), [*hand, *drawn]), strict=True
-        ):
+        control = dict.fromkeys((test, mutant.only) for mutant in chosen for test in mutant.tests)
+        wrong = [
+            test
+            for test, failed in zip(control, pool.map(partial(control_fails, copies), control), strict=True)
+            if failed
+        ]
+        if wrong:
+            names = ", ".join(f"tests/{test}.py" + (f" -k '{only}'" if only else "") for test, only in wrong)
+            print(f"mutants: the tests fail without any bug, so they can tell nothing: {names}")
+            return 1
+        print(f"control: {len(control)} test files pass without a bug; {time.monotonic() - started:.0f} s", flush=True)
+        for mutant, caught in zip(chosen, pool.map(lambda m: is_caught(m, copies), chosen), strict=True):
             if not caught:
                 survivors.append(mutant)
                 print(f"survived: {mutant.name}", flush=True)
     lost = sum(mutant.name.startswith("planted") for mutant in survivors)
-    rest = len(survivors) - lost
-    print(f"planted: {len(hand) - lost}/{len(hand)} caught; automatic: {len(drawn) - rest}/{len(drawn)} caught "
+    rest, planted_ones = len(survivors) - lost, len(chosen) - len(drawn)
+    print(f"planted: {planted_ones - lost}/{planted_ones} caught; automatic: {len(drawn) - rest}/{len(drawn)} caught "
           f"(of {len(every)}); {time.monotonic() - started:.0f} s")  # fmt: skip
     return int(lost > 0 or rest > 0.1 * len(drawn))
+
+
+def control_fails(copies: list[Path], run: tuple[str, str]) -> bool:
+    """Whether a test file fails on the code as it is."""
+    copy = copies.pop()
+    try:
+        return fails(copy, *run)
+    finally:
+        copies.append(copy)
+
+
+def spread(mutants: list[Mutant], count: int) -> list[Mutant]:
+    """So many of them, evenly over the list."""
+    return mutants[:: max(1, len(mutants) // max(1, count))][:count]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import mutants
+import planted_bugs
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def test_the_readers_guide_opens_files_that_are_there():
 
 
 def test_the_planted_bugs_are_counted():
-    assert f"of {len(mutants.PLANTED)} bugs" in " ".join(README.split())
+    assert f"of {len(planted_bugs.PLANTED) + len(planted_bugs.TWO_PROCESSES)} bugs" in " ".join(README.split())
 
 
 def test_linked_files_exist():

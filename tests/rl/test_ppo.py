@@ -6,6 +6,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1030,6 +1031,24 @@ def test_evaluations_charge_the_configured_coefficient_wherever_it_was_steered(p
     assert max(row["eval_kl"] for row in evaluations) > 0.01
     for row in evaluations:
         assert row["eval_reward"] == pytest.approx(row["eval_score"] - 0.5 * row["eval_kl"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("world", "skip"), [(1, 0), (2, 0), (4, 3)])
+def test_processes_share_out_the_prompts_of_each_rollout(world, skip):
+    """Each prompt of the global batch goes to one process; a resumed run goes on with the next batch."""
+    names = [f"prompt {n}" for n in range(24)]
+    others = dict.fromkeys(field.name for field in dataclasses.fields(setup.Setup))
+
+    def batches(rank: int, of: int, without: int) -> list[list[str]]:
+        place = SimpleNamespace(process_index=rank, num_processes=of)
+        made = setup.Setup(**others | {"config": CONFIG, "accelerator": place, "prompts": names})
+        return list(itertools.islice(made.prompt_batches(without), 6 - without))
+
+    alone = batches(0, 1, 0)
+    assert all(len(set(batch)) == CONFIG.rollout_batch for batch in alone)
+    shares = [batches(rank, world, skip) for rank in range(world)]
+    together = [sorted(itertools.chain(*parts)) for parts in zip(*shares, strict=True)]
+    assert together == [sorted(batch) for batch in alone[skip:]]
 
 
 def test_every_prompt_of_a_batch_is_answered(parents, tmp_path, monkeypatch):
