@@ -5,6 +5,8 @@ RUNS   ?= runs
 SEED   ?=
 # more dials for a stage (ARGS="--learning_rate 1e-5"), or options of pytest for `make test` (ARGS="-k losses")
 ARGS   ?=
+# processes that tests run in
+WORKERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 # several processes: LAUNCH="accelerate launch --config_file configs/accelerate/ddp.yaml"
@@ -23,7 +25,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help venv install data lint types test test-min mutants $(STAGES) chat run evidence clean
+.PHONY: help venv install data lint types test test-all test-min mutants $(STAGES) chat run evidence clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,12 +42,15 @@ lint: install ## ruff: rules and format
 types: install ## mypy on pipeline and stages
 	@echo "types: mypy"
 	@$(BIN)/mypy
-test: install data ## all tests
-	@echo "test: pytest $(ARGS)"
-	@$(BIN)/python -m pytest $(ARGS)
+test: install data ## the tests that CI runs; of what two processes do, what each strategy alone may break
+	@echo "test: pytest -n $(WORKERS) $(ARGS)"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+test-all: install data ## every test: all stages on two processes under every strategy
+	@echo "test-all: pytest -n $(WORKERS) $(ARGS)"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "every or not every" $(ARGS)
 test-min: data $(MIN)/.installed ## the smoke chain with the oldest supported packages, in .venv-min
-	@echo "test-min: pytest tests/test_stages.py with requirements-min.txt"
-	@$(MIN)/bin/python -m pytest tests/test_stages.py -q $(ARGS)
+	@echo "test-min: pytest tests/chain/test_stages.py with requirements-min.txt"
+	@$(MIN)/bin/python -m pytest tests/chain/test_stages.py -q $(ARGS)
 
 mutants: install data ## plant bugs one at a time and see whether the tests notice (10 minutes)
 	@echo "mutants: tests/mutants.py $(ARGS)"
