@@ -101,3 +101,11 @@ def test_maths_imports_torch_alone(module):
 def test_dials_import_no_library_that_is_slow_to_load(module):
     others = {name.split(".")[0] for name in imported(FILES[module])} - sys.stdlib_module_names
     assert others <= {"yaml", "pipeline"}
+
+
+def test_ppos_loop_fits_on_one_screen():
+    """At most 60 lines, made of at most 25 imported names."""
+    tree = ast.parse(FILES["ppo"].read_text(encoding="utf-8"))
+    [loop] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train"]
+    assert loop.end_lineno - loop.lineno < 60
+    assert sum(len(node.names) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)) <= 25
