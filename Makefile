@@ -52,7 +52,7 @@ test-min: data $(MIN)/.installed ## the smoke chain with the oldest supported pa
 	@echo "test-min: pytest tests/chain/test_stages.py with requirements-min.txt"
 	@$(MIN)/bin/python -m pytest tests/chain/test_stages.py -q $(ARGS)
 
-mutants: install data ## plant bugs one at a time and see whether the tests notice (10 minutes)
+mutants: install data ## plant bugs one at a time and see whether the tests notice (an hour)
 	@echo "mutants: tests/mutants.py $(ARGS)"
 	@$(BIN)/python tests/mutants.py $(ARGS)
 

@@ -236,6 +236,7 @@ def main() -> int:
     parser.add_argument("--planted", type=int, default=len(PLANTED), help="how many planted ones, spread over the list")
     parser.add_argument("--two", type=int, default=len(TWO_PROCESSES), help="how many that want two processes")
     parser.add_argument("--only", default="", help="planted ones of this file alone, and no automatic ones")
+    parser.add_argument("--control", default="", help="control run of this test file alone, where all have just passed")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     os.environ |= {
@@ -262,6 +263,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(given.jobs) as pool:
         copies = [new_copy(Path(place) / str(number)) for number in range(given.jobs)]
         control = dict.fromkeys((test, mutant.only) for mutant in chosen for test in mutant.tests)
+        if given.control:
+            control = {(given.control, ""): None}
         wrong = [
             test
             for test, failed in zip(control, pool.map(partial(control_fails, copies), control), strict=True)
