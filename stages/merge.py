@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config.commands import Compose, Inspect, MergeAdapter, Search, Verify
+from pipeline.config.help import asked_help
+from pipeline.config.names import nearest
 from pipeline.config.parse import parse, parse_command
 from pipeline.config.stages import Merge
 
@@ -23,6 +25,12 @@ def main() -> None:
     if command in COMMANDS:
         run_command(command, arguments)
         return
+    if command and not command.startswith("-"):
+        expected = f"expected one of {', '.join(COMMANDS)}, or the dials of the stage"
+        print(f"error: unknown command '{command}'{nearest(command, COMMANDS) or f'; {expected}'}", file=sys.stderr)
+        sys.exit(2)
+    if asked_help(sys.argv[1:]):
+        print(f"Commands: {', '.join(COMMANDS)}; each has a --help of its own. Without one, the stage of a recipe:\n")
     config = parse(Merge)  # before torch is imported: --help and a wrong dial answer at once
     from pipeline import merge
     from pipeline.runtime.process import run_stage

@@ -106,3 +106,19 @@ except SystemExit as stopped:
     assert (done.returncode, done.stderr) == (0, "")
     for name in flat(kind()):
         assert f"--{name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "says"),
+    [
+        ("vrify", 2, "error: unknown command 'vrify'; did you mean 'verify'?"),
+        ("other", 2, "error: unknown command 'other'; expected one of compose, verify, inspect, merge, search"),
+        ("--help", 0, "Commands: compose, verify, inspect, merge, search; each has a --help of its own"),
+    ],
+)
+def test_merge_names_its_commands(word, status, says):
+    done = subprocess.run(
+        [sys.executable, "stages/merge.py", word], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status
+    assert (done.stdout if status == 0 else done.stderr).startswith(says)
