@@ -1012,6 +1012,12 @@ def test_little_repetition_may_grow_by_a_twentieth():
     assert "above 0.070" in monitor.reason_to_stop([first, evaluation_with(repetition=0.071)], CONFIG)
 
 
+def test_a_figure_at_its_bound_is_not_above_it():
+    config = dataclasses.replace(CONFIG, kl_budget=10.0)
+    at_bounds = evaluation_with(kl=10.0, duplicates=0.1, entropy=2.0)
+    assert monitor.reason_to_stop([evaluation_with(), at_bounds], config) == ""
+
+
 def test_of_equal_rewards_the_first_is_the_best(actor_critic, tmp_path):
     history = []
     for value in (1.0, 1.0, 2.0, 1.5):
