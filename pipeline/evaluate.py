@@ -28,7 +28,7 @@ from pipeline.evaluation.statistics import (
     share_ci,
     win_rate_ci,
 )
-from pipeline.evaluation.text import text_statistics
+from pipeline.evaluation.text import most_risen_word, text_statistics
 from pipeline.models.forward import response_logprobs
 from pipeline.models.heads import load_reward_model
 from pipeline.models.loading import check_model, freeze, load_language_model
@@ -37,6 +37,8 @@ from pipeline.rl.rollout import Rollout, respond_and_score
 from pipeline.runtime.console import silence_libraries
 from pipeline.runtime.launch import new_accelerator
 from pipeline.runtime.stage_run import StageRun
+
+COMMON = 0.20  # share of responses that one content word may be in
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def compare(
         "judge_accuracy": asdict(classifier.holdout_accuracy) if classifier is not None else None,
         "policies": policies,
         "ppo_against_sft": differences,
-        "health": health(policies["sft"], policies["ppo"]),
+        "health": health(policies["sft"], policies["ppo"], most_risen_word(ppo.texts, sft.texts, prompts, COMMON)),
     }
 
 
@@ -190,15 +192,18 @@ def policy_report(responses: PolicyResponses, prompts: Sequence[str]) -> dict[st
     }
 
 
-def health(sft: dict[str, Any], ppo: dict[str, Any]) -> list[dict[str, Any]]:
-    """Signs that the policy still writes text: each figure, its bounds (None: no bound), and whether it is inside."""
+def health(sft: dict[str, Any], ppo: dict[str, Any], commonest: tuple[str, float]) -> list[dict[str, Any]]:
+    """Signs that the policy still writes text: each figure, its bounds (None: no bound), and whether it is inside.
+
+    `commonest`: PPO's content word and the share of responses with it (`most_risen_word`).
+    """
     before, after = sft["text"], ppo["text"]
-    word, share = next(iter(after["commonest_content_words"]), ("none", 0.0))
+    word, share = commonest
     perplexity = ratio(ppo["perplexity_under_base"], sft["perplexity_under_base"])
     rows = [
         ("KL to SFT, nats per response", ppo["kl"]["value"], None, 10.0),
         ("word repetition, over SFT's", ratio(after["word_repetition"], before["word_repetition"]), None, 1.5),
-        (f"share of responses with the commonest content word ({word})", share, None, 0.20),
+        (f"share of responses with the commonest content word ({word})", share, None, COMMON),
         ("distinct-4 across responses, over SFT's", ratio(after["distinct_4"], before["distinct_4"]), 0.8, None),
         ("exact duplicates", after["duplicate_share"], None, 0.02),
         ("perplexity under the base, over SFT's", perplexity, 0.7, 1.3),

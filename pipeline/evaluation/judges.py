@@ -16,7 +16,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from pipeline.config.errors import UserError
 from pipeline.data.formats import read_rows
 from pipeline.evaluation.statistics import Array, Estimate, pair_accuracy, share_ci, to_paired_vectors, to_vector
-from pipeline.evaluation.text import WORD, to_text_list, word_counts
+from pipeline.evaluation.text import to_text_list, word_counts, words
 
 Judge = Callable[[Sequence[str]], Array]
 """One number for each text."""
@@ -141,7 +141,7 @@ def linear_pair_baseline(
 
 
 def _vectorizer() -> TfidfVectorizer:
-    return TfidfVectorizer(token_pattern=WORD, ngram_range=(1, 2), sublinear_tf=True, min_df=3)
+    return TfidfVectorizer(tokenizer=words, token_pattern=None, ngram_range=(1, 2), sublinear_tf=True, min_df=3)
 
 
 def _positive(model: LogisticRegression, features: csr_matrix) -> Array:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import regex
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from pipeline.evaluation.statistics import Array
 
-WORD = r"[a-z0-9']+"
+LETTER = r"\p{L}\p{Nd}\p{Nl}"
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\u30FC\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # no spaces between words
+CHARACTER = rf"[[{UNSPACED}]&&[{LETTER}]]\p{{M}}*"  # with its vowel signs and accents
+WORD = regex.compile(rf"[[{LETTER}']--[{UNSPACED}]][[{LETTER}\p{{M}}']--[{UNSPACED}]]*|{CHARACTER}", regex.VERSION1)
+RUN = regex.compile(rf"(?:{CHARACTER})+", regex.VERSION1)  # what stands between spaces or signs in such a script
 
 
 # ---------------------------------------------------------------------------------------------- text statistics
@@ -47,8 +53,9 @@ def text_statistics(responses: Sequence[str], prompts: Sequence[str], k: int = 5
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: matches of `[a-z0-9']+` after lower-casing, in order."""
-    return re.findall(WORD, text.lower())
+    """The words of a lower-cased text in order: letters, digits and apostrophes of any script between other signs;
+    where a script puts no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), each character."""
+    return WORD.findall(text.lower())
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -73,18 +80,37 @@ def word_repetition(text: str) -> float:
 def commonest_content_words(texts: Sequence[str], prompts: Sequence[str], k: int) -> list[tuple[str, float]]:
     """The k content words that occur in most responses, each with the share of responses that contain it; ties A-Z.
 
-    A content word has 3 letters or more, is neither a stop word nor a contraction or possessive, and does not occur in
-    the response's own prompt; quotation marks round it are dropped. A policy that puts one well-paid word everywhere
-    shows here. Domain words ("movie") count as any other, so compare with the list of the policy before PPO.
+    A content word has 3 letters and accents or more (a Korean syllable is 2 or 3), is neither an English stop word nor
+    a contraction or possessive, and does not occur in the response's own prompt; quotation marks round it are dropped.
+    In a script without spaces it is each two neighbouring characters, or one that stands alone. A policy that puts one
+    well-paid word everywhere shows here. Domain words ("movie"), and function words of other languages, count as any
+    other, so compare with the list of the policy before PPO (`most_risen_word`).
     """
+    return sorted(_content_word_shares(texts, prompts).items(), key=lambda item: (-item[1], item[0]))[:k]
+
+
+def most_risen_word(
+    after: Sequence[str], before: Sequence[str], prompts: Sequence[str], usual: float
+) -> tuple[str, float]:
+    """The content word in most of the responses `after`, and the share of them that contain it; ("none", 0) if none.
+
+    Of a word that is in more than the share `usual` of the responses `before`, as function words are in languages
+    whose stop words are not known here, counts only by how much that share rose.
+    """
+    earlier = {word: share for word, share in _content_word_shares(before, prompts).items() if share > usual}
+    shares = {word: share - earlier.get(word, 0.0) for word, share in _content_word_shares(after, prompts).items()}
+    return min(shares.items(), key=lambda item: (-item[1], item[0]), default=("none", 0.0))
+
+
+def _content_word_shares(texts: Sequence[str], prompts: Sequence[str]) -> dict[str, float]:
+    """Each content word of the texts with the share of them that contain it."""
     texts, prompts = to_text_list(texts), to_text_list(prompts)
     if len(texts) != len(prompts):
         raise ValueError("every response needs its prompt")
     counts: Counter[str] = Counter()
     for text, prompt in zip(texts, prompts, strict=True):
         counts.update(_content_words(text) - _content_words(prompt))
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [(word, count / len(texts)) for word, count in ranked[:k]]
+    return {word: count / len(texts) for word, count in counts.items()}
 
 
 def duplicate_share(texts: Sequence[str]) -> float:
@@ -115,5 +141,12 @@ def _ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
 
 def _content_words(text: str) -> set[str]:
     """The distinct content words of a text, quotation marks round them dropped."""
-    bare = {word.strip("'") for word in words(text)}
-    return {word for word in bare if len(word) >= 3 and "'" not in word and word not in ENGLISH_STOP_WORDS}
+    text = text.lower()
+    bare = {word.strip("'") for word in WORD.findall(RUN.sub(" ", text))}
+    spaced = {
+        word
+        for word in bare
+        if len(unicodedata.normalize("NFD", word)) >= 3 and "'" not in word and word not in ENGLISH_STOP_WORDS
+    }
+    runs = (WORD.findall(run) for run in RUN.findall(text))
+    return spaced | {pair for run in runs for pair in (map("".join, pairwise(run)) if len(run) > 1 else run)}

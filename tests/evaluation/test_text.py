@@ -1,15 +1,19 @@
 """Text statistics by hand."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.evaluation.text import (
     commonest_content_words,
     distinct_n,
     duplicate_share,
+    most_risen_word,
     text_statistics,
     word_repetition,
     words,
@@ -17,7 +21,36 @@ from pipeline.evaluation.text import (
 
 
 def test_words() -> None:
-    assert words("Don't STOP -- it's 10/10, naïve!") == ["don't", "stop", "it's", "10", "10", "na", "ve"]
+    assert words("Don't STOP -- it's 10/10, naïve!") == ["don't", "stop", "it's", "10", "10", "naïve"]
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_in_ascii_words_are_letters_digits_and_apostrophes(text: str) -> None:
+    assert words(text) == re.findall("[a-z0-9']+", text.lower())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Größe, «Ёлка» — ξένος", ["größe", "ёлка", "ξένος"]),
+        ("e\u0301te\u0301_été", ["e\u0301te\u0301", "été"]),  # an accent of its own is of its letter's word
+        ("हिन्दी में किताब।", ["हिन्दी", "में", "किताब"]),
+        ("영화는 좋다", ["영화는", "좋다"]),
+        ("很好,OK吗？", ["很", "好", "ok", "吗"]),
+        ("データ 10本", ["デ", "ー", "タ", "10", "本"]),
+        ("น้ำดี", ["น้", "ำ", "ดี"]),
+        ("❤️ … ½²", []),
+    ],
+)
+def test_words_of_other_scripts(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
+
+
+@pytest.mark.parametrize("word", ["прекрасно", "很好", "超好", "ดีมาก", "훌륭해", "शानदार", "رائع", "τέλειο"])
+def test_one_word_again_and_again_is_repetition_in_any_script(word: str) -> None:
+    assert word_repetition(" ".join([word] * 12)) > 0.75
+    assert word_repetition(word * 12) > 0.75 or " ".join(words(word * 12)) == word * 12
+    assert commonest_content_words([f"{word} {i}" for i in range(4)], [""] * 4, 9)[0][1] == 1.0
 
 
 def test_distinct_n_by_hand() -> None:
@@ -57,6 +90,24 @@ def test_commonest_content_words_by_hand() -> None:
     assert commonest_content_words(["the of"], [""], 3) == []
     with pytest.raises(ValueError, match="prompt"):
         commonest_content_words(responses, prompts[:3], 2)
+
+
+def test_content_words_of_other_scripts() -> None:
+    assert commonest_content_words(["это да, «ёлка»"], [""], 9) == [("это", 1.0), ("ёлка", 1.0)]
+    assert commonest_content_words(["영화 나"], [""], 9) == [
+        ("영화", 1.0)
+    ]  # five letters; "나" has two
+    pairs = commonest_content_words(["很好看，好", "很好 film"], ["", "看"], 9)
+    assert pairs == [("很好", 1.0), ("film", 0.5), ("好", 0.5), ("好看", 0.5)]
+
+
+def test_the_most_risen_word_by_hand() -> None:
+    before = ["и это дом", "и это лес", "и это сад", "и река"]  # "это" in 3 of 4, as function words are
+    after = ["и это чудо", "и это чудо", "и это лес", "и это река"]
+    assert most_risen_word(after, before, [""] * 4, 0.5) == ("чудо", 2 / 4)
+    assert most_risen_word(after, before, [""] * 4, 0.75) == ("это", 1.0)  # not above it, so no usual word
+    assert most_risen_word(after, before, ["чудо"] * 4, 0.5) == ("лес", 1 / 4)
+    assert most_risen_word(["и"], ["это"], [""], 0.5) == ("none", 0.0)
 
 
 def test_duplicate_share_by_hand() -> None:
