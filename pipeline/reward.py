@@ -48,7 +48,7 @@ from pipeline.runtime.console import print_main, silence_libraries
 from pipeline.runtime.precision import autocast
 from pipeline.runtime.process import processes
 from pipeline.runtime.stage_run import StageRun
-from pipeline.training.trainer import HeadTrainer, group_by_length, run_training, training_arguments
+from pipeline.training.trainer import HeadTrainer, run_training, training_arguments
 
 PROBES = 8  # texts whose scores must be the same after loading
 TOLERANCE = 1e-5
@@ -110,10 +110,10 @@ def new_trainer(
         model=model,
         args=RewardConfig(
             **training_arguments(config.run, config.optim, folder),
-            train_sampling_strategy="sequential",
             max_length=None,
         ),
-        train_dataset=group_by_length(rows, pair_lengths(rows), config.optim.batch_size, config.run.seed),
+        train_dataset=rows,
+        lengths=pair_lengths(rows),
         processing_class=tokenizer,
     )
 

@@ -24,7 +24,7 @@ from pipeline.models.saving import save_policy
 from pipeline.runtime.console import print_main, silence_libraries
 from pipeline.runtime.process import processes
 from pipeline.runtime.stage_run import StageRun
-from pipeline.training.trainer import NextTokenTrainer, group_by_length, run_training, training_arguments
+from pipeline.training.trainer import NextTokenTrainer, run_training, training_arguments
 from pipeline.training.validation import validation_loss
 
 
@@ -61,12 +61,10 @@ def train(config: SFT) -> Path:
             model=model,
             args=SFTConfig(
                 **training_arguments(config.run, config.optim, stage.folder),
-                train_sampling_strategy="sequential",
                 max_length=None,
             ),
-            train_dataset=group_by_length(
-                rows, [len(ids) for ids in rows["input_ids"]], config.optim.batch_size, config.run.seed
-            ),
+            train_dataset=rows,
+            lengths=[len(ids) for ids in rows["input_ids"]],
             processing_class=tokenizer,
         )
         cast_trained_to_fp32_(model)

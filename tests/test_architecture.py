@@ -21,8 +21,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "data": ("near_duplicates imdb_texts", "imdb_rows", "imdb sources tokenizer", "formats", "tokenize", "prompts"),
     "evaluation": ("statistics", "text report", "judges"),
     "models": ("multi_adapter sharding", "loading", "saving", "forward", "heads", "actor_critic"),
-    "rl": ("rollout rewards", "experience", "setup update", "monitor", "progress"),
-    "training": ("callbacks validation", "trainer"),
+    "rl": ("rollout rewards", "experience", "update", "setup", "monitor", "progress"),
+    "training": ("batches callbacks validation", "trainer"),
     "adapters": (
         "expressions updates lineage search_dials optimise",
         "expression_parser compression operators base",

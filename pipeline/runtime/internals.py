@@ -89,6 +89,12 @@ def log_tokens(trainer: Any) -> None:
     trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
 
 
+def log_metrics(trainer: Any, **values: float) -> None:
+    """Adds to the averages of the trainer's next log line."""
+    for name, value in values.items():
+        trainer._metrics["train"][name].append(value)
+
+
 # Accelerate and wandb
 
 

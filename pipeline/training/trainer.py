@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import convert_outputs_to_fp32
 from datasets import Dataset
 from torch import nn
+from torch.nn.functional import logsigmoid
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
@@ -18,11 +21,13 @@ from pipeline.config.dials import Optim, Run
 from pipeline.config.errors import UserError
 from pipeline.core.losses import next_token_loss
 from pipeline.core.tensors import masked_sum
+from pipeline.data.tokenize import IGNORE_INDEX
 from pipeline.data.tokenizer import hash_tokenizer, load_tokenizer
 from pipeline.models.sharding import Model, full_state_dict, is_sharded, load_full_state_dict, meta_copy
 from pipeline.runtime.internals import (
     checkpointing_arguments,
     forward_override,
+    log_metrics,
     log_tokens,
     set_tokens_trained,
     tokens_trained,
@@ -31,6 +36,7 @@ from pipeline.runtime.launch import keep_torch_optimizer, validate_launch
 from pipeline.runtime.precision import autocast
 from pipeline.runtime.process import processes
 from pipeline.runtime.stage_run import StageRun
+from pipeline.training.batches import FILLER_MARGIN, EpochSampler, epoch_order, with_filler
 from pipeline.training.callbacks import CheckpointCallback, MetricsCallback
 
 
@@ -62,21 +68,6 @@ def training_arguments(run: Run, optim: Optim, folder: Path) -> dict[str, Any]:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def group_by_length(rows: Dataset, lengths: Sequence[int], batch_size: int, seed: int) -> Dataset:
-    """The rows in an order whose consecutive batches hold like lengths and come in random order.
-
-    For `train_sampling_strategy="sequential"`. transformers' own grouping runs from long to short within each fifty
-    batches, and where length goes with the kind of text the model then chases one kind after the other. `lengths` must
-    say nothing about the label: see `pipeline.reward.pair_lengths`.
-    """
-    random = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows), generator=random)
-    pools = [sorted(pool.tolist(), key=lambda row: lengths[row]) for pool in order.split(50 * batch_size)]
-    batches = [pool[start : start + batch_size] for pool in pools for start in range(0, len(pool), batch_size)]
-    shuffled = torch.randperm(len(batches), generator=random).tolist()
-    return rows.select([row for batch in shuffled for row in batches[batch]])
 
 
 def run_training(trainer: SFTTrainer | RewardTrainer, model: Model, run: StageRun) -> Model:
@@ -117,12 +108,41 @@ def autocast_forward(model: nn.Module, precision: str) -> Iterator[None]:
             model.forward = override
 
 
-class NextTokenTrainer(SFTTrainer):
+class WholeBatches(transformers.Trainer):
+    """A trainer whose optimiser steps all have `batch_size` places, in an order that each epoch draws anew.
+
+    Its loss is a sum over `num_items_in_batch`, the labels of a step: one denominator for all its forwards.
+    """
+
+    loss_is_scaled_for_ga = True
+    lengths: Sequence[int] | None = None  # of the rows, to be grouped by
+
+    def get_train_dataloader(self) -> Any:
+        """Rows in `epoch_order`; those of a stream as they come."""
+        args, rows, tokenizer = self.args, self.train_dataset, self.processing_class
+        if not isinstance(rows, Dataset):
+            return super().get_train_dataloader()
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        loader = DataLoader(
+            with_filler(rows, tokenizer.eos_token_id),  # type: ignore[arg-type]  # it has a length and gives rows
+            batch_size=args.per_device_train_batch_size,
+            sampler=EpochSampler(
+                lambda epoch: epoch_order(len(rows), size, args.seed, epoch, self.lengths),
+                lambda: int(self.state.epoch or 0),
+            ),
+            collate_fn=self.data_collator,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+
+class NextTokenTrainer(WholeBatches, SFTTrainer):
     """TRL's SFTTrainer with our next-token loss: textbook label smoothing in one forward, one global denominator."""
 
-    def __init__(self, *, label_smoothing: float, **arguments: Any) -> None:
+    def __init__(self, *, label_smoothing: float, lengths: Sequence[int] | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.lengths = label_smoothing, lengths
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Without IA3's vectors: decay would pull them to 0, where nothing is 1."""
@@ -138,23 +158,44 @@ class NextTokenTrainer(SFTTrainer):
         outputs = model(input_ids=ids, use_cache=False, **{place: inputs[place]})
         losses, mask = next_token_loss(outputs.logits, inputs["labels"], self.label_smoothing)
         # DDP averages gradients over processes, so the sum of each is scaled by their number.
-        loss = masked_sum(losses, mask) / num_items_in_batch * self.accelerator.num_processes
-        tokens = self.accelerator.gather(inputs.get("attention_mask", torch.ones_like(ids)).sum()).sum()
-        set_tokens_trained(self, tokens_trained(self) + tokens.item())
-        log_tokens(self)
+        loss = masked_sum(losses, mask) / max(1, num_items_in_batch) * self.accelerator.num_processes
+        real = inputs.get("attention_mask", torch.ones_like(ids)) * (inputs["labels"] != IGNORE_INDEX).any(1)[:, None]
+        count_tokens_trained(self, self.accelerator.gather(real.sum()).sum().item())
         return (loss, outputs) if return_outputs else loss
 
 
-class HeadTrainer(RewardTrainer):
-    """TRL's trainer of -log sigmoid(chosen - rejected - margin) (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
+class HeadTrainer(WholeBatches, RewardTrainer):
+    """TRL's RewardTrainer with one denominator for all pairs of an optimiser step.
 
     AdamW with one more group: the head starts from noise, the trunk from pretrained features, which the head's
     learning rate would destroy (docs/log.md).
     """
 
-    def __init__(self, *, head_learning_rate: float, **arguments: Any) -> None:
+    def __init__(self, *, head_learning_rate: float, lengths: Sequence[int] | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.head_learning_rate = head_learning_rate
+        self.head_learning_rate, self.lengths = head_learning_rate, lengths
+        self.model_accepts_loss_kwargs = True  # else labels are not counted
+        collate = self.data_collator
+        self.data_collator = lambda rows: collate(rows) | {"labels": pair_labels(rows)}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean of -log sigmoid(chosen - rejected - margin) (Touvron et al. 2023, arXiv 2307.09288, eq. 2) over the
+        pairs in the optimiser step on all processes."""
+        ids, mask, real = inputs["input_ids"], inputs["attention_mask"], inputs["labels"] != IGNORE_INDEX
+        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False)
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        losses = -logsigmoid(chosen - rejected - inputs["margin"].masked_fill(~real, 0))
+        loss = masked_sum(losses, real) / num_items_in_batch * self.accelerator.num_processes
+        with torch.no_grad():
+            counts = [masked_sum(x.float(), real) for x in (chosen > rejected, chosen - rejected, real)]
+            tokens = (mask * real.repeat(2)[:, None]).sum().float()
+            correct, margin, pairs, tokens = self.accelerator.reduce(torch.stack([*counts, tokens]), "sum").tolist()
+        count_tokens_trained(self, tokens)
+        if pairs:
+            log_metrics(self, accuracy=correct / pairs, margin=margin / pairs)
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Overridden, and not handed over ready-made, since DeepSpeed and FSDP want to prepare the model first."""
@@ -180,6 +221,17 @@ class HeadTrainer(RewardTrainer):
             fused=True,
         )
         return self.optimizer
+
+
+def pair_labels(rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """(B,) 1 for a pair, IGNORE_INDEX for the filler: what a trainer counts its items by."""
+    return torch.tensor([IGNORE_INDEX if row["margin"] == FILLER_MARGIN else 1 for row in rows])
+
+
+def count_tokens_trained(trainer: SFTTrainer | RewardTrainer, tokens: float) -> None:
+    """Adds to the tokens that the trainer has been trained on, and to its next log line."""
+    set_tokens_trained(trainer, tokens_trained(trainer) + tokens)
+    log_tokens(trainer)
 
 
 def count_tokens(rows: Dataset) -> int:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -5,8 +7,9 @@ from transformers import TrainerCallback
 from pipeline.config.dials import Optim, Run
 from pipeline.config.stages import Reward
 from pipeline.data.tokenize import preference_rows
-from pipeline.reward import new_trainer
+from pipeline.reward import new_trainer, pair_lengths
 from pipeline.rl.rewards import reward_model_scores
+from pipeline.training.batches import epoch_order
 
 PAIRS = [
     {"prompt": "", "chosen": "the cat sat", "rejected": "a dog", "margin": 2.0},
@@ -54,6 +57,27 @@ def test_a_step_is_the_bradley_terry_loss_of_our_scores_with_margins(reward_mode
     for name, gradient in gradients.items():
         torch.testing.assert_close(watch.gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
     assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-2
+
+
+@pytest.mark.parametrize("micro_batch", [3, 1])
+def test_the_last_batch_is_the_mean_over_its_pairs(micro_batch, reward_model, tokenizer, tmp_path):
+    """Four pairs in batches of three: one is left, and its step is its own loss, in full."""
+    reward_model.requires_grad_(True)
+    rows, _ = preference_rows(tokenizer, PAIRS, 99, "error")
+    optim = dataclasses.replace(CONFIG.optim, learning_rate=0.0, batch_size=3, micro_batch=micro_batch)
+    config = dataclasses.replace(CONFIG, optim=optim, head_learning_rate=0.0)
+    trainer, watch = new_trainer(reward_model, tokenizer, rows, config, tmp_path), Watch()
+    trainer.add_callback(watch)
+    order = epoch_order(4, 3, CONFIG.run.seed, 0, pair_lengths(rows))
+    batches = [[row for row in order[start : start + 3] if row < 4] for start in (0, 3)]
+    assert sorted(map(len, batches)) == [1, 3]
+    loss = trainer.train().training_loss
+    means = [bradley_terry(reward_model, rows.select(batch)).mean() for batch in batches]
+    assert loss == pytest.approx(sum(means).item() / 2, abs=1e-5)
+    reward_model.zero_grad()
+    means[1].backward()
+    for name, parameter in reward_model.named_parameters():
+        torch.testing.assert_close(watch.gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_the_head_learns_at_its_own_rate_and_norms_do_not_decay(reward_model, tokenizer, tmp_path):

@@ -12,6 +12,8 @@ from trl import SFTConfig
 from pipeline.config.dials import Adapter, Optim, Run
 from pipeline.data.tokenize import IGNORE_INDEX, decode, language_rows
 from pipeline.models.loading import wrap_with_adapter
+from pipeline.runtime.internals import tokens_trained
+from pipeline.training.batches import epoch_order
 from pipeline.training.trainer import NextTokenTrainer, autocast_forward, count_tokens, run_training, training_arguments
 from pipeline.training.validation import validation_loss
 
@@ -62,14 +64,17 @@ def trainer_of(
     batch_size=8,
     smoothing=0.0,
     gradient_checkpointing=False,
+    epochs=1.0,
+    lengths=None,
     **arguments,
 ):
     optim = Optim(
-        learning_rate=0.0, batch_size=batch_size, micro_batch=micro_batch, max_grad_norm=1e9,
+        learning_rate=0.0, batch_size=batch_size, micro_batch=micro_batch, max_grad_norm=1e9, num_train_epochs=epochs,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     return NextTokenTrainer(
         label_smoothing=smoothing,
+        lengths=lengths,
         model=model,
         args=SFTConfig(**training_arguments(RUN, optim, folder), **({"max_length": None} | arguments)),
         train_dataset=rows,
@@ -98,6 +103,26 @@ def test_a_step_is_the_mean_over_all_its_tokens(micro_batch, smoothing, make_mod
     expected.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [3, 1])
+def test_the_last_batch_is_the_mean_over_the_tokens_of_its_rows(micro_batch, make_model, tokenizer, rows, tmp_path):
+    """Eight rows in batches of three: the last has two. In the second epoch other rows meet."""
+    model, gradients = make_model("llama"), Gradients()
+    arguments = {"batch_size": 3, "micro_batch": micro_batch, "epochs": 2.0, "lengths": LENGTHS}
+    trainer = trainer_of(model, tokenizer, rows, tmp_path, **arguments)
+    trainer.add_callback(gradients)
+    trainer.train()
+    orders = [epoch_order(8, 3, RUN.seed, epoch, LENGTHS) for epoch in (0, 1)]
+    batches = [[row for row in order[start : start + 3] if row < 8] for order in orders for start in (0, 3, 6)]
+    assert sorted(map(len, batches)) == [2, 2, 3, 3, 3, 3]
+    assert len(gradients.steps) == 6
+    for batch, found in zip(batches, gradients.steps, strict=True):
+        model.zero_grad()
+        oracle(model, rows.select(batch)).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, atol=2e-6, rtol=1e-4)
+    assert tokens_trained(trainer) == 2 * sum(LENGTHS)
 
 
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
