@@ -102,7 +102,8 @@ def changed(config: Any, **values: Any) -> Any:
 
 
 def fixed_update(folder: Path, out: Path, kind: str) -> None:
-    """One PPO update on rollouts that do not depend on the number of processes; rank r of n learns from rows r::n.
+    """Two PPO updates, the critic's alone and both, on rollouts that do not depend on the number of processes; rank r
+    of n learns from rows r::n.
 
     `fixed`: LoRA with a critic of its own; `fixed_full`: all weights with a head; `fixed_bf16`: that in bf16;
     `fixed_nan`: `fixed_full` after an update in which one process has an advantage that is no number; `fixed_roles`:
@@ -110,7 +111,8 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
     """
     config = configs(folder, out, "fixed")["ppo"]
     config = changed(
-        config, num_mini_batches=1, num_ppo_epochs=3, precision="bf16" if kind == "fixed_bf16" else "fp32",
+        config, num_mini_batches=1, num_ppo_epochs=3, max_grad_norm=0.05,
+        precision="bf16" if kind == "fixed_bf16" else "fp32",
         gradient_checkpointing=kind == "fixed_roles_again",
     )  # fmt: skip
     accelerator = new_accelerator(config.run.precision)
@@ -152,6 +154,7 @@ def fixed_update(folder: Path, out: Path, kind: str) -> None:
         assert (spoilt["skipped_updates"], in_a_row) == (3, 3), spoilt
         experience.advantages.copy_(right)
     torch.manual_seed(3)
+    ppo.update(prepared, optimizer, experience, config, accelerator, update_policy=False)
     metrics, _ = ppo.update(prepared, optimizer, experience, config, accelerator, True)
     metrics |= monitor.rollout_metrics(experience, accelerator, config, config.kl_coef)
     weights = full_state_dict(actor_critic)

@@ -173,7 +173,9 @@ class PPO:
     adam_epsilon: float = dial(
         1e-5, "Adam's epsilon (Huang et al. 2023, The N implementation details of RLHF with PPO)", low=0
     )
-    max_grad_norm: float = dial(1.0, "global gradient norm above which gradients are scaled down", low=0)
+    max_grad_norm: float = dial(
+        1.0, "gradient norm of the policy, and of the critic, above which its gradients are scaled down", low=0
+    )
     kl_coef: float = dial(
         0.1,
         "beta: reward units per nat of KL to the reference (Ziegler et al., arXiv 1909.08593)",

@@ -43,6 +43,7 @@ from pipeline.models.sharding import gathered, gathering_cost, is_sharded, meta_
 from pipeline.rl.experience import Forward, ScoreFunction
 from pipeline.rl.rewards import adapter_reward_scores, reward_model_scores
 from pipeline.rl.rollout import Rollout, generate
+from pipeline.rl.update import clip_partitions_
 from pipeline.runtime.console import print_main
 from pipeline.runtime.launch import new_accelerator, uses_deepspeed
 from pipeline.runtime.process import processes
@@ -216,8 +217,11 @@ def prepare(
     if plugin is not None:  # what its engine wants to know beforehand
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": min(config.micro_batch, config.per_process(accelerator.num_processes)),
-            "gradient_clipping": config.max_grad_norm,
+            "gradient_clipping": 0.0,
         }
+        optimizer.register_step_pre_hook(
+            partial(clip_partitions_, accelerator=accelerator, max_norm=config.max_grad_norm)
+        )
     return accelerator.prepare(actor_critic, optimizer)
 
 

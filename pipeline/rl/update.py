@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -81,26 +82,62 @@ def minibatch_step(
         for name, value in sums.items():
             combine = EXTREMES.get(name, torch.sum)
             figures[name] = combine(torch.stack([figures[name], value]), 0) if name in figures else value
-    figures["grad_norm"] = clip_and_step(actor_critic, optimizer, accelerator, config.max_grad_norm)
+    figures |= clip_and_step(actor_critic, optimizer, accelerator, config.max_grad_norm)
+    if not update_policy:
+        restart_policy_moments_(optimizer, accelerator)
     return figures
 
 
 def clip_and_step(
     actor_critic: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float
-) -> Tensor:
-    """Clips the gradient to max_norm and steps, unless its global norm, which is returned, is not finite.
+) -> dict[str, Tensor]:
+    """Clips the gradients of policy and of critic, each to max_norm, and steps, unless one of them is not finite.
 
-    The same on every process, since gradients are averaged over processes before. Gradients are gone afterwards.
+    Returns `grad_norm`, over both, and `policy_grad_norm`, `critic_grad_norm`. The same on every process, since
+    gradients are averaged over processes before. Gradients are gone afterwards.
     """
-    if uses_deepspeed(accelerator):  # it has done all that in the last backward
-        norm = actor_critic.get_global_grad_norm()  # type: ignore[operator]  # a method of DeepSpeed's engine
-        return torch.tensor(float(norm), device=accelerator.device)
-    norm = accelerator.clip_grad_norm_(actor_critic.parameters(), max_norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if norm.isfinite() or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale for it
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
+    if uses_deepspeed(accelerator):  # it has done all that in the last backward, see `clip_partitions_`
+        not_stepped = torch.tensor(torch.inf, device=accelerator.device)
+        policy, critic = (group.pop("norm", not_stepped) for group in optimizer.param_groups)
+        both = torch.tensor(float(actor_critic.get_global_grad_norm()), device=accelerator.device)  # type: ignore[operator]
+    else:
+        accelerator.unscale_gradients()
+        norms = [nn.utils.clip_grad_norm_(group["params"], max_norm) for group in optimizer.param_groups]
+        policy, critic = (norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms)
+        both = torch.hypot(policy, critic)
+        if both.isfinite() or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale for it
+            optimizer.step()
+        optimizer.zero_grad()
+    return {"grad_norm": both, "policy_grad_norm": policy, "critic_grad_norm": critic}
+
+
+def clip_partitions_(
+    optimizer: torch.optim.Optimizer, args: Any, kwargs: Any, *, accelerator: Accelerator, max_norm: float
+) -> None:
+    """Before a step under DeepSpeed: clips each group's gradient, of which this process has a part, and notes its norm.
+
+    DeepSpeed itself would clip by one norm over both groups. ZeRO-3 steps a group in parts where it has more than 1e9
+    weights; each is then clipped by its own norm.
+    """
+    for group in optimizer.param_groups:
+        if group["params"]:
+            part = nn.utils.get_total_norm([parameter.grad for parameter in group["params"]])
+            group["norm"] = accelerator.reduce(part.square(), "sum").sqrt()
+            nn.utils.clip_grads_with_norm_(group["params"], max_norm, group["norm"])
+
+
+def restart_policy_moments_(optimizer: Any, accelerator: Accelerator) -> None:
+    """Sets back Adam's count of steps for the policy, whose moments are still zero while only the critic learns.
+
+    Its bias correction (Kingma & Ba, arXiv 1412.6980, algorithm 1) then starts with the first gradient: counted from
+    the critic's first step, the policy's first steps would be up to 5 times the learning rate.
+    """
+    if uses_deepspeed(accelerator):  # whose states are of whole groups, under tensors of its own
+        states = [state for state in optimizer.state.values() if not state["exp_avg_sq"].any()]
+    else:
+        states = [optimizer.state[p] for p in optimizer.param_groups[0]["params"] if p in optimizer.state]
+    for state in states:
+        state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
 
 
 class UpdateStatistics:
@@ -118,13 +155,15 @@ class UpdateStatistics:
         norm = figures["grad_norm"]
         if norm.isfinite():
             self.skipped_in_a_row = 0
-            figures = figures | {"grad_norm": norm / self.accelerator.num_processes}  # it is summed over them
             for name, value in figures.items():
+                value = value / self.accelerator.num_processes if "grad_norm" in name else value  # summed over them
                 self.steps.setdefault(name, []).append(value)
             return
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row > MAX_SKIPPED_STEPS:
-            causes = [name for name, value in sorted(figures.items()) if name != "grad_norm" and not value.isfinite()]
+            causes = [
+                name for name, value in sorted(figures.items()) if "grad_norm" not in name and not value.isfinite()
+            ]
             raise FloatingPointError(
                 f"ppo: {self.skipped_in_a_row} optimiser steps in a row have no finite gradient; not finite here: "
                 f"{', '.join(causes) or 'only the gradient'}. Nothing was written: lower the learning rates, or "
