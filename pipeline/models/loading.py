@@ -152,12 +152,18 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def disable_dropout_(model: Model) -> Model:
-    """The model with every dropout at 0: a log-probability must be the same number whenever it is computed."""
+    """The model with every dropout and router noise at 0: a log-probability must be the same whenever it is computed.
+
+    Modules hold a rate as an `nn.Dropout`, as a number of their own (OPT, Bloom) or in their config; so does what is
+    saved afterwards.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(vars(module).get("attention_dropout"), float):
-            vars(module)["attention_dropout"] = 0.0  # attention modules apply this attribute themselves
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in vars(holder).items() if holder is not None else ():
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    vars(holder)[name] = 0.0
     return model
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -340,6 +341,42 @@ def test_without_dropout_a_train_mode_forward_repeats_itself(kind, make_model, t
     torch.manual_seed(0)
     for loaded in (load_language_model(tmp_path).train(), new_reward_model(tmp_path, tokenizer).train()):
         assert torch.equal(logits(loaded), logits(loaded))
+
+
+NOISY = {
+    "bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "gemma2": {"attention_dropout": 0.3},
+    "gpt_neox": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "gptj": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3, "rotary_dim": 4},
+    "mistral": {"attention_dropout": 0.3},
+    "mixtral": {"attention_dropout": 0.3, "router_jitter_noise": 0.3, "num_local_experts": 2},
+    "opt": {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "layerdrop": 0.5},
+    "phi": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attention_dropout": 0.3},
+    "qwen2": {"attention_dropout": 0.3},
+    "qwen3": {"attention_dropout": 0.3},
+    "stablelm": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+}
+"""Configs with each rate that the architecture knows."""
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_no_architecture_keeps_a_rate_of_dropout_or_a_noise(kind, tokenizer, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind in ("gemma2", "mistral", "mixtral", "phi", "qwen2", "qwen3", "stablelm"):
+        sizes |= {"num_key_value_heads": 2, "intermediate_size": 24}
+    if kind in ("gemma2", "qwen3"):
+        sizes |= {"head_dim": 8}
+    if kind == "opt":
+        sizes |= {"ffn_dim": 24, "word_embed_proj_dim": 16}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **(sizes | ids | NOISY[kind]))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert not torch.equal(logits(model), logits(model)), "no noise to take away"
+    save_policy(model, tokenizer, tmp_path)
+    for quiet in (disable_dropout_(model), load_language_model(tmp_path).train()):
+        assert torch.equal(logits(quiet), logits(quiet))
 
 
 # reward models and critics
