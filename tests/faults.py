@@ -1,6 +1,6 @@
-"""PPO on two processes, the second of which is killed, stops or raises while it scores.
+"""PPO on two processes, the second of which is killed, stops, raises or is told to stop while it scores.
 
-accelerate launch --config_file configs/accelerate/ddp.yaml tests/faults.py FOLDER NAME kill|stop|raise|differ
+accelerate launch --config_file configs/accelerate/ddp.yaml tests/faults.py FOLDER NAME kill|stop|raise|term|differ
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pipeline import ppo
 from pipeline.config.stages import PPO
 from pipeline.runtime.process import processes, run_stage
 
-FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 
 
 def main(folder: Path, name: str, fault: str) -> None:

@@ -27,8 +27,9 @@ from torch.distributed.tensor import DTensor
 from pipeline import ppo, pretrain, reward, sft
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.actor_critic import ActorCritic, add_reward_model
+from pipeline.models.fresh_adapter import wrap_with_adapter
 from pipeline.models.heads import Critic, ValueHead, load_reward_model
-from pipeline.models.loading import Policy, load_language_model, unwrap_peft, wrap_with_adapter
+from pipeline.models.loading import Policy, load_language_model, unwrap_peft
 from pipeline.models.sharding import full_state_dict, is_sharded
 from pipeline.rl import monitor, setup
 from pipeline.rl.rollout import Rollout, generate

@@ -20,12 +20,14 @@ from pipeline.config.errors import UserError
 from pipeline.config.stages import PPO
 from pipeline.core.advantages import explained_variance, kl_k3
 from pipeline.core.tensors import Reduce, masked_moments, masked_sum
-from pipeline.data.formats import display_text
+from pipeline.data.messages import display_text
 from pipeline.data.tokenize import decode
 from pipeline.evaluation.judges import Judge
+from pipeline.evaluation.side_figures import NOT_MEASURED
 from pipeline.evaluation.text import duplicate_share, word_repetition
 from pipeline.rl.experience import Experience, make_experience, score_rollout
 from pipeline.rl.setup import EVALUATED, Setup
+from pipeline.runtime.console import print_main
 from pipeline.runtime.precision import autocast
 
 
@@ -152,25 +154,41 @@ def evaluate_policy(setup: Setup, step: int, history: Sequence[Evaluation]) -> E
     samples = [
         {"prompt": display_text(p), "response": r, "score": round(s, 3), "kl": round(k, 2)} for p, r, s, k in rows
     ]
-    figures = {name: metrics[name] for name in EVALUATED} | mean_judgements(all_texts, setup.judges, accelerator)
+    judged = mean_judgements(all_texts, setup.judges, accelerator, is_first=not history)
+    figures = {name: metrics[name] for name in EVALUATED} | judged
     return Evaluation(step, {f"eval_{name}": value for name, value in figures.items()}, samples, experience.scores)
 
 
-def mean_judgements(texts: Sequence[str], judges: Mapping[str, Judge], accelerator: Accelerator) -> dict[str, float]:
+def mean_judgements(
+    texts: Sequence[str], judges: Mapping[str, Judge], accelerator: Accelerator, is_first: bool
+) -> dict[str, float]:
     """Each judge's mean over the texts. The main process alone asks them: a judge may be slow, or cost money.
 
-    Raises UserError for a judge that does not give one finite number for each text.
+    Raises UserError for a judge that does not give one finite number for each text at the first evaluation, before
+    anything is trained. Later it is left out with a printed line: what was learnt is not lost to a judge.
     """
-    means: list[dict[str, float]] = [{}]
+    means, failed = dict[str, float](), dict[str, str]()
     if accelerator.is_main_process:
         for name, judge in judges.items():
-            values = np.asarray(judge(texts), dtype=np.float64)
-            means[0][name] = float(values.mean()) if values.shape == (len(texts),) else math.nan
-    broadcast_object_list(means)
-    for name, mean in means[0].items():
-        if not math.isfinite(mean):
-            raise UserError(f"judge {name}: expected one finite number for each of {len(texts)} texts")
-    return means[0]
+            try:
+                means[name] = mean_judgement(judge, texts)
+            except Exception as error:
+                failed[name] = str(error) or type(error).__name__
+    shared: list[Any] = [means, failed]
+    broadcast_object_list(shared)
+    means, failed = shared
+    for name, why in failed.items():
+        if is_first:
+            raise UserError(f"judge {name}: {why}")
+        print_main(f"ppo: judge {name}: {NOT_MEASURED}: {why}")
+    return means
+
+
+def mean_judgement(judge: Judge, texts: Sequence[str]) -> float:
+    values = np.asarray(judge(texts), dtype=np.float64)
+    if values.shape != (len(texts),) or not np.isfinite(values).all():
+        raise ValueError(f"expected one finite number for each of {len(texts)} texts")
+    return float(values.mean())
 
 
 def reason_to_stop(history: Sequence[Evaluation], config: PPO) -> str:

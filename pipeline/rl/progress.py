@@ -23,8 +23,9 @@ from pipeline.models.saving import save_policy
 from pipeline.models.sharding import full_state_dict, load_full_state_dict
 from pipeline.rl.monitor import Evaluation, evaluate_policy, reason_to_stop
 from pipeline.rl.setup import Setup
-from pipeline.runtime.checkpoints import load_training, save_training
+from pipeline.runtime.checkpoints import load_training, save_training, trained_numbers, training_bytes, weight_bytes
 from pipeline.runtime.console import print_main
+from pipeline.runtime.finite import check_finite
 from pipeline.runtime.process import is_main
 from pipeline.runtime.stage_run import StageRun
 
@@ -51,7 +52,9 @@ class Progress:
 
 def start_or_resume(setup: Setup) -> Progress:
     """A fresh run's progress; or the checkpoint's, with module, optimiser, scheduler and random states put back."""
-    checkpoint = setup.stage.resume_from
+    stage, checkpoint = setup.stage, setup.stage.resume_from
+    stage.check_disk(*disk_needs(setup))
+    stage.interrupts.phase = "stepping"
     if checkpoint is None:
         return Progress(setup.config.kl_coef)
     accelerator, state = setup.accelerator, checkpoint.facts["state"]
@@ -70,14 +73,35 @@ def start_or_resume(setup: Setup) -> Progress:
     return Progress(state["kl_coef"], checkpoint.step, state["skipped"], history)
 
 
+def disk_needs(setup: Setup) -> tuple[int, int, int]:
+    """Bytes of a checkpoint, with the best weights so far in it; how many the run writes; bytes of `final/`.
+
+    A critic that is a head or an adapter on the policy's base is written with a copy of that base.
+    """
+    config, module = setup.config, setup.actor_critic
+    best, every = 4 * trained_numbers(module), config.run.save_steps
+    critic = module.critic if isinstance(module.critic, Critic) else module.policy
+    final = weight_bytes(module.policy) + weight_bytes(critic)
+    return training_bytes(module) + best, (config.rollouts - 1) // every if every else 0, final
+
+
 def save_progress_if_due(setup: Setup, progress: Progress) -> None:
     """Every `save_steps` rollouts, writes all that decides how the run goes on, so that it goes on to the bit.
 
-    Not after the last rollout: its work is in `final/`.
+    Not after the last rollout: its work is in `final/`. Also when the stage is told to stop, which ends it here.
     """
-    every = setup.config.run.save_steps
-    if not every or progress.rollouts % every or progress.rollouts == setup.config.rollouts:
-        return
+    every, is_last = setup.config.run.save_steps, progress.rollouts == setup.config.rollouts
+    is_told_to_stop = setup.stage.interrupts.asked_to_stop()
+    if every and (is_told_to_stop or (progress.rollouts % every == 0 and not is_last)):
+        save_progress(setup, progress)
+    if is_told_to_stop:
+        setup.stage.stop(progress.rollouts)
+
+
+def save_progress(setup: Setup, progress: Progress) -> None:
+    """A checkpoint of the rollouts done; FloatingPointError for a weight that is not finite."""
+    trained = ((name, p) for name, p in setup.actor_critic.named_parameters() if p.requires_grad)
+    check_finite("ppo", trained, f"after rollout {progress.rollouts}")
     # Prompt i is process i mod n's.
     sft_scores = zip(*gather_object([progress.history[0].scores.tolist()]), strict=True)
     state = {
@@ -133,9 +157,8 @@ def record_evaluation(
 def finish(setup: Setup, progress: Progress) -> Path:
     """Writes the policy to be kept, and returns the stage's `final` directory."""
     kept, metrics = restore_kept(progress.history, setup.actor_critic, setup.meta, setup.config)
-    return setup.stage.finish(
-        partial(save_actor_critic, kept, setup.tokenizer), metrics | {"roles": role_origins(kept)}
-    )
+    setup.stage.write(partial(save_actor_critic, kept, setup.tokenizer))
+    return setup.stage.complete(metrics | {"roles": role_origins(kept)})
 
 
 def restore_kept(

@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from pipeline.config.dials import Sampling
 from pipeline.core.tensors import response_length, response_mask
-from pipeline.data.formats import Text
+from pipeline.data.messages import Text
 from pipeline.data.tokenize import decode, prompt_batch
 from pipeline.models.loading import Policy, unwrap_peft
 from pipeline.models.saving import sampling_config

@@ -22,10 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config.dials import exact
 from pipeline.config.errors import UserError
 from pipeline.config.stages import PPO
-from pipeline.data.formats import Text
+from pipeline.data.form import form_of, forms_of
+from pipeline.data.messages import Text
 from pipeline.data.prompts import read_prompts
 from pipeline.data.sources import hash_sources
-from pipeline.data.tokenizer import load_shared_tokenizer
+from pipeline.data.tokenize import show_prompt
+from pipeline.data.tokenizer import hash_template, load_shared_tokenizer
 from pipeline.evaluation.judges import Judge, Vader, fit_judge
 from pipeline.models.actor_critic import ActorCritic, add_reward_model
 from pipeline.models.forward import response_logprobs
@@ -111,7 +113,9 @@ def open_stage(config: PPO, score: ScoreFunction | None, judges: Mapping[str, Ju
     functions = {} if score is None else {"score": getattr(score, "__name__", type(score).__name__)}
     functions |= {} if judges is None else {"judges": ",".join(judges)}
     files = [file for file in (config.train_file, config.validation_file, config.judge_file) if file]
-    return StageRun("ppo", config, parent_folders(config, score), hash_sources(files), functions)
+    return StageRun(
+        "ppo", config, parent_folders(config, score), hash_sources(files) + hash_template(config.tokens), functions
+    )
 
 
 def set_up(
@@ -121,11 +125,13 @@ def set_up(
     accelerator = new_accelerator(config.run.precision)
     set_seed(config.run.seed)  # the same weights on every process
     parents = parent_folders(config, score)
-    tokenizer = load_shared_tokenizer(parents)
+    tokenizer = load_shared_tokenizer(parents, config.tokens)
     policy = load_policy(parents["sft"], config.adapter)
     longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
     check_model(unwrap_peft(policy), tokenizer, longest, parents["sft"])
     reward_model = add_reward_model(parents["reward"], policy) if "reward" in parents else None
+    if isinstance(reward_model, PreTrainedModel):
+        check_model(reward_model, tokenizer, longest, parents["reward"])
     critic = add_critic(config.critic, policy, reward_model, tokenizer.pad_token_id)
     reward_head = reward_model if isinstance(reward_model, ValueHead) else None
     actor_critic = ActorCritic(policy, critic, config.sampling.temperature, tokenizer.pad_token_id, reward_head).eval()
@@ -138,12 +144,17 @@ def set_up(
     # Other samples on every process; not seed + 1, which is another run's.
     set_seed(config.run.seed + 100_003 * accelerator.process_index)
 
-    prompts = read_prompts(config.train_file, 0, tokenizer, config)
-    held_out = read_prompts(config.validation_file, config.eval_prompts, tokenizer, config)
+    forms = forms_of(parents)
+    prompts = read_prompts(config.train_file, 0, tokenizer, config, forms)
+    stage.form = form_of(prompts[0])
+    forms |= {config.train_file: stage.form}
+    held_out = read_prompts(config.validation_file, config.eval_prompts, tokenizer, config, forms)
+    show_prompt(tokenizer, prompts[0], config.sampling.max_prompt_tokens)
     exact(len(held_out), accelerator.num_processes, f"prompts of {config.validation_file} / processes")
     check_rollout_batch(config.rollout_batch, len(prompts))
     if judges is None and config.judge_file and accelerator.is_main_process:
-        judges = {"vader": Vader(), "classifier": fit_judge(config.judge_file, config.run.seed)}
+        classifier = fit_judge(config.judge_file, config.run.seed, config.run.reading)
+        judges = {"vader": Vader(), "classifier": classifier}
     if meta is not None:
         print_main(gathering_cost("ppo", actor_critic.policy, meta.policy))
     return Setup(

@@ -130,7 +130,7 @@ def restart_policy_moments_(optimizer: Any, accelerator: Accelerator) -> None:
     """Sets back Adam's count of steps for the policy, whose moments are still zero while only the critic learns.
 
     Its bias correction (Kingma & Ba, arXiv 1412.6980, algorithm 1) then starts with the first gradient: counted from
-    the critic's first step, the policy's first steps would be up to 5 times the learning rate.
+    the critic's first step, the policy's first steps are too long (docs/log.md).
     """
     if uses_deepspeed(accelerator):  # whose states are of whole groups, under tensors of its own
         states = [state for state in optimizer.state.values() if not state["exp_avg_sq"].any()]

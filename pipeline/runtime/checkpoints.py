@@ -21,11 +21,13 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from pipeline.runtime.console import print_main
-from pipeline.runtime.hashing import file_manifest, first_changed_file, fsync_folder
-from pipeline.runtime.launch import uses_deepspeed
+from pipeline.runtime.hashing import first_changed_file
+from pipeline.runtime.launch import requested_backend, uses_deepspeed
 from pipeline.runtime.process import processes
+from pipeline.runtime.whole import appear, make_folder, removed_on_error
 
 CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest is damaged
+TRAINER = "trainer"  # folder beside them into which a trainer writes its own
 TRAINED_WEIGHTS = StateDictOptions(ignore_frozen_params=True, strict=False)
 """Frozen weights are not saved: they are loaded from the parents again, whose hashes the run's identity holds."""
 
@@ -46,22 +48,28 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], fact
     """
     state = processes()
     temporary = folder / f"{step}.partial"
-    if state.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with removed_on_error(temporary):
+        if state.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            make_folder(temporary)
+        state.wait_for_everyone()
+        write(temporary)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            appear(
+                temporary, folder / str(step), "MANIFEST.json",
+                lambda files: {"step": step, "facts": facts, "files": files},
+            )  # fmt: skip
+            for old in _by_step(folder)[:-CHECKPOINTS_KEPT]:
+                shutil.rmtree(old)
     state.wait_for_everyone()
-    write(temporary)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        manifest = {"step": step, "facts": facts, "files": file_manifest(temporary)}
-        fsync_folder(temporary)
-        (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=1, default=str) + "\n", encoding="utf-8")
-        fsync_folder(temporary)
-        temporary.rename(folder / str(step))
-        fsync_folder(folder)
-        for old in _by_step(folder)[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
-    state.wait_for_everyone()
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what is no whole checkpoint: what an attempt that ended was writing. Damaged ones stay."""
+    for path in folder.glob("*"):
+        if path.suffix == ".partial" or path.name == TRAINER:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -84,6 +92,27 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def _by_step(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all its weights, of those that are sharded too."""
+    return sum(_numel(p) * p.element_size() for p in module.parameters())
+
+
+def training_bytes(module: nn.Module) -> int:
+    """Bytes of what a checkpoint has of its trained weights: in fp32 themselves and Adam's two moments.
+
+    DeepSpeed writes the weights twice, as the model's and as the optimiser's.
+    """
+    return (16 if requested_backend() == "DEEPSPEED" else 12) * trained_numbers(module)
+
+
+def trained_numbers(module: nn.Module) -> int:
+    return sum(_numel(p) for p in module.parameters() if p.requires_grad)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # which ZeRO-3 gives what it has sharded
 
 
 def save_training(accelerator: Accelerator, prepared: nn.Module, optimizer: Any, folder: Path) -> None:

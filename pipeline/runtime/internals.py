@@ -3,7 +3,7 @@
 `tests/runtime/test_internals.py` holds each against the installed release, and names the one that has changed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -93,6 +93,22 @@ def log_metrics(trainer: Any, **values: float) -> None:
     """Adds to the averages of the trainer's next log line."""
     for name, value in values.items():
         trainer._metrics["train"][name].append(value)
+
+
+def running_averages(trainer: Any) -> dict[str, Any]:
+    """What a trainer has summed up since its last log line; the loss is this process's alone."""
+    return {
+        "loss": trainer._tr_loss.item(),
+        "last_logged": trainer._globalstep_last_logged,
+        "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
+    }
+
+
+def set_running_averages(trainer: Any, averages: Mapping[str, Any]) -> None:
+    """Goes on from what `running_averages` gave; once training has begun, which sets them to zero."""
+    trainer._tr_loss.fill_(averages["loss"])
+    trainer._globalstep_last_logged = averages["last_logged"]
+    trainer._metrics["train"].update({name: list(values) for name, values in averages["metrics"].items()})
 
 
 # Accelerate and wandb

@@ -1,6 +1,7 @@
 """Where a stage comes from: its parents by content, the versions and the code that made it, and what has changed."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -11,8 +12,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from pipeline.runtime.finished import StageError, read_done
-from pipeline.runtime.hashing import hash_folder
+from pipeline.runtime.finished import StageError, verify_files
+from pipeline.runtime.hashing import hash_folder, hash_value
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "wandb", "tokenizers")
 
@@ -20,18 +21,33 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "d
 def describe_parent(path: Path, final: Path) -> dict[str, Any]:
     """A parent's fingerprint, size in bytes, and path relative to this stage's `final/`, so that runs/ may move.
 
-    A parent is a stage's output or any model: a directory with a config.json, or the name of a model on the hub.
+    A parent is a stage's output, whose files are compared with its DONE.json, or any model: a directory with a
+    config.json, an adapter alone that names its base, or the name of a model on the hub.
     """
     is_stage = (path / "DONE.json").is_file() or path.name == "final"
     if not is_stage and (path / "config.json").is_file():
         fingerprint = hash_folder(path)
+    elif not is_stage and (path / "adapter_config.json").is_file():
+        fingerprint = hash_value([hash_folder(path), base_fingerprint(path, final)])
     elif not is_stage and not path.exists() and len(path.parts) == 2 and not path.is_absolute():
         return {"path": str(path), "place": str(path), "fingerprint": hub_commit(str(path)), "bytes": 0}
     else:
-        fingerprint = read_done(path)["fingerprint"]
+        fingerprint = verify_files(path)["fingerprint"]
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     relative_path = os.path.relpath(path.resolve(), final.resolve())
     return {"path": relative_path, "place": str(path), "fingerprint": fingerprint, "bytes": size}
+
+
+def base_fingerprint(adapter: Path, final: Path) -> str:
+    """Of the base that an adapter names; '' where it names none, which its loading refuses."""
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return describe_parent(Path(base), final)["fingerprint"] if base else ""
+    except (StageError, ValueError) as error:
+        raise StageError(
+            f"{adapter}: an adapter whose base (base_model_name_or_path) cannot be used: {error}; or run `python "
+            f"stages/merge.py merge {adapter} --base … --out …` and start from what that writes"
+        ) from None
 
 
 def hub_commit(model: str) -> str:

@@ -5,40 +5,45 @@
         run.json        versions, revision, parents, data fingerprints, final metrics
         metrics.jsonl   one line per logged step            samples.jsonl   texts, one line each
         final/          written to final.partial, listed in DONE.json, then renamed
+        .lock           held by the process that runs in the folder
+        .hashes.json    of the files of final/, which are read again only where one has changed
 
 A stage is finished when `final/DONE.json` is there, and nothing reads an unfinished one. DONE.json holds hashes of the
 config, the data, the parents and every file: a stage made from other inputs is recognised and never silently reused.
 """
 
 import json
-import os
 import shutil
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
-from accelerate.utils import broadcast_object_list
 
 from pipeline.config.parse import flat, identity
 from pipeline.runtime import checkpoints
-from pipeline.runtime.checkpoints import Checkpoint
+from pipeline.runtime.checkpoints import CHECKPOINTS_KEPT, Checkpoint
 from pipeline.runtime.console import print_main
-from pipeline.runtime.finished import StageError, read_done
-from pipeline.runtime.hashing import file_manifest, fsync_folder, hash_value
+from pipeline.runtime.finished import StageError, read_done, remember_files, verify_files
+from pipeline.runtime.finite import check_files_finite
+from pipeline.runtime.hashing import fsync_folder, hash_value
 from pipeline.runtime.internals import reset_accelerator_state
+from pipeline.runtime.interrupts import Interrupts
 from pipeline.runtime.launch import check_deepspeed, new_accelerator, parallel_strategy, uses_deepspeed
+from pipeline.runtime.lock import LOCK, lock_folder, unlock
+from pipeline.runtime.logs import append_line, cut_logs, finite_or_null, sync_logs
 from pipeline.runtime.precision import resolve_precision
-from pipeline.runtime.process import is_main, processes
+from pipeline.runtime.process import is_full_disk, is_main, processes, run_once
 from pipeline.runtime.progress import new_progress
 from pipeline.runtime.provenance import describe_parent, first_difference, git_revision, machine, package_versions
 from pipeline.runtime.tracking import Tracking
 from pipeline.runtime.watchdog import Heartbeat, check_same_inputs
+from pipeline.runtime.whole import appear, make_folder, removed_on_error
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
 LEAST_DISK = 50 * 2**20  # bytes, for logs and samples
 
 
@@ -54,19 +59,23 @@ class StageRun:
         functions: Mapping[str, str] | None = None,
     ) -> None:
         """`data`: each source and its hash (`data.sources.hash_sources`); `functions`: by role, the names of functions
-        that replace what the dials say. StageError for a parent that is not there, UserError for a wrong launch."""
+        that replace what the dials say. StageError for a parent that is not there or damaged, UserError for a wrong
+        launch."""
         self.stage, self.config, self.functions = stage, config, dict(functions or {})
         self.folder = config.run.folder(stage)
-        self.final = self.folder / "final"
+        self.final, self.partial = self.folder / "final", self.folder / "final.partial"
         self.dials = flat(config)
-        self.parents = {name: describe_parent(path, self.final) for name, path in parents.items()}
         self.data = dict(data)
         self.data_hashes = [content for _, content in data]
+        self.form = ""  # of the rows that it is trained on: text or conversation
         self.started = time.monotonic()
         reset_accelerator_state()  # of an earlier stage in this process
         accelerator = new_accelerator(config.run.precision)  # refuses a wrong launch before any work
         if uses_deepspeed(accelerator):
             check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config)
+        self.parents = run_once(
+            lambda: {name: describe_parent(path, self.final) for name, path in parents.items()}, on_each_machine=True
+        )
         check_same_inputs(
             stage,
             {"dials": self.dials | self.functions, "data": self.data_hashes, "models": self.identity["parents"]}
@@ -74,8 +83,12 @@ class StageRun:
         )
         self.checkpoints = self.folder / "checkpoints"
         self.resume_from: Checkpoint | None = None  # set when the stage is entered
-        self.heartbeat = Heartbeat(stage, self.folder / ".processes", config.run.patience)
+        self.interrupts = Interrupts(stage)
+        self.heartbeat = Heartbeat(stage, self.folder / ".processes", config.run.patience, self.interrupts)
+        self._held = ExitStack()  # what is let go when the stage is left
+        self._lock: TextIO | None = None
         self._tracking: Tracking | None = None
+        self._is_written = False  # whether the weights of `final/` are there
         self._progress = new_progress(stage)
 
     @property
@@ -95,7 +108,10 @@ class StageRun:
         }
 
     def is_finished(self) -> bool:
-        """True if `final/` was made from exactly these inputs; StageError, and no overwriting, if from others."""
+        """True if `final/` was made from exactly these inputs and is whole; StageError, and no overwriting, if not."""
+        return run_once(self._is_finished)
+
+    def _is_finished(self) -> bool:
         if not (self.final / "DONE.json").is_file():
             if self.final.exists():
                 raise StageError(
@@ -103,57 +119,96 @@ class StageRun:
                 )
             return False
         old = read_done(self.final)["identity"]
-        if old == self.identity:
-            print_main(f"{self.stage}: finished already, skipped ({self.final})")
-            return True
-        raise StageError(
-            f"{self.final} was made from other inputs ({first_difference(old, self.identity)}). "
-            f"Nothing was changed: move {self.folder} away to make it anew, or give --runs another folder"
-        )
+        if old != self.identity:
+            raise StageError(
+                f"{self.final} was made from other inputs ({first_difference(old, self.identity)}). "
+                f"Nothing was changed: move {self.folder} away to make it anew, or give --runs another folder"
+            )
+        verify_files(self.final)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # left by one killed just after the rename
+        print_main(f"{self.stage}: finished already, skipped ({self.final})")
+        return True
 
     def __enter__(self) -> "StageRun":
-        newest: list[Checkpoint | None] = [checkpoints.newest_checkpoint(self.checkpoints) if is_main() else None]
-        broadcast_object_list(newest)
-        self.resume_from = self._matching_checkpoint(newest[0])
-        self.number = self.resume_from.facts["number"] if self.resume_from else uuid.uuid4().hex[:8]
-        if is_main():
-            self._check_disk()
-            self._truncate_logs(self.resume_from) if self.resume_from else self._archive_unfinished()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.dials, sort_keys=False), encoding="utf-8")
-            self._write_run_json({})
+        with ExitStack() as held:
+            held.enter_context(self.interrupts)
+            held.callback(self._unlock)
+            self.resume_from, self.number = run_once(self._open)
             run = self.config.run
-            self._tracking = Tracking(
-                run.report_to, self.stage, run.recipe, run.seed, self.folder, self.dials, self.number
-            )
-        processes().wait_for_everyone()
-        self.heartbeat.start()
+            if is_main():
+                self._tracking = Tracking(
+                    run.report_to, self.stage, run.recipe, run.seed, self.folder, self.dials, self.number
+                )
+            processes().wait_for_everyone()
+            self.heartbeat.start()
+            self._held = held.pop_all()
         print_main(f"{self.stage}: {self.folder} ({self.launch['precision']})")
         if self.resume_from:
             print_main(f"{self.stage}: goes on after step {self.resume_from.step} ({self.resume_from.folder})")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self.heartbeat.stop(error)
+        self.heartbeat.stop(None if self.interrupts.agreed else error)
         self._progress.close(finished=False)
         if self._tracking is not None:
             self._tracking.close(failed=kind is not None)
+        if is_main() and error is not None:
+            checkpoints.remove_partial(self.checkpoints)
+            if self._is_written and self.partial.exists():
+                print_main(f"{self.stage}: the weights are whole in {self.partial}: copy them before it is run again")
+        self._held.close()
+        if error is not None and is_full_disk(error):
+            raise StageError(
+                f"{self.folder}: no space left on its disk; what was half written is removed, what was finished and "
+                "the checkpoints before are untouched: make room, then the same command goes on"
+            ) from error
 
-    def _check_disk(self) -> None:
-        """StageError where the disk has no space for two models of the largest parent's size."""
-        needed = max([LEAST_DISK, *(2 * parent["bytes"] for parent in self.parents.values())])
+    def _open(self) -> tuple[Checkpoint | None, str]:
+        """Makes the folder this run's, with the logs of what it goes on from alone; that, and the run's number."""
+        self._require_free(LEAST_DISK)
+        make_folder(self.folder)
+        self._lock = lock_folder(self.folder)
+        if self.final.exists():
+            raise StageError(f"{self.final}: another process has just finished it: give the same command again")
+        resume_from = self._matching_checkpoint(checkpoints.newest_checkpoint(self.checkpoints))
+        if resume_from:
+            checkpoints.remove_partial(self.checkpoints)
+            cut_logs(self.folder, resume_from.facts["logs"])
+        else:
+            self._archive_unfinished()
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.dials, sort_keys=False), encoding="utf-8")
+        self._write_run_json({})
+        return resume_from, resume_from.facts["number"] if resume_from else uuid.uuid4().hex[:8]
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            unlock(self._lock)
+
+    def check_disk(self, checkpoint: int, written: int, final: int) -> None:
+        """StageError where the disk has no space for what this run holds at its fullest, in bytes.
+
+        That is the checkpoints kept and, beside them, the one being written or `final/`; `written` is how many
+        checkpoints the whole run writes. Those of a run that is gone on from are there already.
+        """
+        kept, most = min(written, CHECKPOINTS_KEPT), min(written, CHECKPOINTS_KEPT + 1)
+        there = sum(file.stat().st_size for file in self.checkpoints.rglob("*") if file.is_file())
+        needed = max(most * checkpoint, kept * checkpoint + final)
+        what = f" ({most} checkpoints of {checkpoint / 2**20:,.0f}, or {kept} and final/ of {final / 2**20:,.0f})"
+        run_once(lambda: self._require_free(LEAST_DISK + needed - there, what))
+
+    def _require_free(self, needed: int, what: str = "") -> None:
         folder = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise StageError(
                 f"{self.folder}: the disk has {free / 2**20:,.0f} MiB free, {self.stage} needs about "
-                f"{needed / 2**20:,.0f}: make room, or give --runs a folder on another disk"
+                f"{needed / 2**20:,.0f}{what}: make room, or give --runs a folder on another disk"
             )
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
         """Saves what a later run of the same inputs resumes from: what all processes `write`, and a JSON `state`."""
         self.heartbeat.enter(f"checkpoint {step}")
-        logs = {name: (self.folder / name).stat().st_size for name in LOGS if (self.folder / name).exists()}
+        logs = sync_logs(self.folder) if is_main() else {}
         facts = {"identity": self.identity, "launch": self.launch, "logs": logs, "number": self.number, "state": state}
         checkpoints.save_checkpoint(self.checkpoints, step, write, facts)
 
@@ -167,7 +222,10 @@ class StageRun:
             return None
         if checkpoint.facts["identity"] != self.identity:
             difference = first_difference(checkpoint.facts["identity"], self.identity)
-            print_main(f"{checkpoint.folder}: of another run ({difference}): set aside")
+            print_main(
+                f"{checkpoint.folder}: of another run ({difference}): removed; its logs are kept in attempts/, and "
+                "this one starts again"
+            )
             return None
         old, new = checkpoint.facts["launch"], self.launch
         if old["precision"] != new["precision"]:
@@ -185,15 +243,11 @@ class StageRun:
             )
         return checkpoint
 
-    def _truncate_logs(self, checkpoint: Checkpoint) -> None:
-        """Cuts the logs back to their length at the checkpoint: the steps after it are logged again."""
-        for name in LOGS:
-            if (self.folder / name).exists():
-                os.truncate(self.folder / name, checkpoint.facts["logs"].get(name, 0))
-
     def _archive_unfinished(self) -> None:
-        """Logs of an earlier attempt that did not finish are kept under attempts/."""
-        paths = [path for path in self.folder.glob("*") if path.name != "attempts"]
+        """Logs of an earlier attempt that did not finish are kept under attempts/; its checkpoints are removed."""
+        for folder in (self.checkpoints, self.partial):
+            shutil.rmtree(folder, ignore_errors=True)
+        paths = [path for path in self.folder.glob("*") if path.name not in ("attempts", LOCK)]
         if paths:
             archive = self.folder / "attempts" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
             archive.mkdir(parents=True)
@@ -218,7 +272,7 @@ class StageRun:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and to the tracker, under the same names."""
         if is_main():
-            self._append("metrics.jsonl", {"step": step, **metrics})
+            append_line(self.folder / "metrics.jsonl", {"step": step, **metrics})
             if self._tracking is not None:
                 self._tracking.log(metrics, step)
 
@@ -226,51 +280,72 @@ class StageRun:
         """Appends texts to samples.jsonl, and shows the first twenty of them in the tracker."""
         if is_main():
             for row in rows:
-                self._append("samples.jsonl", row)
+                append_line(self.folder / "samples.jsonl", row)
             if self._tracking is not None:
                 self._tracking.log_table(rows[:20], step)
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def stop(self, step: int) -> None:
+        """Ends the stage after a step, as it was told to."""
+        kept = "with a checkpoint: the same command goes on from it"
+        if not self.config.run.save_steps:
+            kept = "without a checkpoint, since save_steps is 0: the same command starts again"
+        self.interrupts.stop(f"after step {step}, {kept}")
 
     def show_progress(self, total: int, done: int, **values: str) -> None:
         """Shows steps done and in all, the time left, and the two or three numbers that matter."""
         self._progress.show(done, total, values)
 
     def finish(self, write: Callable[[Path], None], metrics: Mapping[str, Any]) -> Path:
-        """Lets `write` fill a folder beside `final/`, lists it in DONE.json and renames it into place.
+        """`write`, and then `complete`: for a stage that has nothing to measure on what it writes."""
+        self.write(write)
+        return self.complete(metrics)
+
+    def write(self, write: Callable[[Path], None]) -> None:
+        """Lets `write` fill `self.partial`, which will be `final/`: weights are on disk before anything is measured.
 
         Only the main process writes: every process holds the same whole weights.
         """
         self._progress.close(finished=True)
-        state = processes()
-        temporary = self.folder / "final.partial"
-        if state.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)  # left by an earlier attempt
-            temporary.mkdir()
-            write(temporary)
+        phase, self.interrupts.phase = self.interrupts.phase, "finishing"
+        if is_main():
+            with removed_on_error(self.partial):
+                shutil.rmtree(self.partial, ignore_errors=True)  # left by an earlier attempt
+                self.partial.mkdir()
+                write(self.partial)
+                check_files_finite(self.stage, self.partial)
+                fsync_folder(self.partial)
+        processes().wait_for_everyone()
+        self._is_written, self.interrupts.phase = True, phase
+
+    def complete(self, metrics: Mapping[str, Any]) -> Path:
+        """Lists what was written in DONE.json with the metrics, and renames the folder into place."""
+        self.interrupts.phase = "finishing"
+        metrics = finite_or_null(metrics)
+        if is_main():
             self._write_run_json(metrics)
-            files = file_manifest(temporary)
-            done = {
-                "stage": self.stage,
-                "identity": self.identity,
-                "config": hash_value(self.identity["dials"]),
-                "tokenizer": files.get("tokenizer.json", {}).get("sha256"),
-                "base": {name: parent["fingerprint"] for name, parent in self.parents.items()},
-                "parents": self.parents,
-                "files": files,
-                "metrics": metrics,
-            }
-            done["fingerprint"] = hash_value([done["identity"], done["files"]])
-            fsync_folder(temporary)
-            (temporary / "DONE.json").write_text(json.dumps(done, indent=1, default=str) + "\n", encoding="utf-8")
-            fsync_folder(temporary)
-            temporary.rename(self.final)
-            fsync_folder(self.final.parent)
+            sync_logs(self.folder)
+            done = appear(self.partial, self.final, "DONE.json", lambda files: self._describe(files, metrics))
+            remember_files(self.final, done["files"])
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             if self._tracking is not None:
                 self._tracking.log_model(metrics, self.final, str(done["fingerprint"]), self.parents)
-        state.wait_for_everyone()
+        processes().wait_for_everyone()
         print_main(f"{self.stage}: done in {time.monotonic() - self.started:.0f} s -> {self.final}")
+        if self.interrupts.number:
+            self.interrupts.stop(f"once {self.final} was finished")
         return self.final
+
+    def _describe(self, files: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What DONE.json says."""
+        return {
+            "stage": self.stage,
+            "identity": self.identity,
+            "config": hash_value(self.identity["dials"]),
+            "tokenizer": files.get("tokenizer.json", {}).get("sha256"),
+            "base": {name: parent["fingerprint"] for name, parent in self.parents.items()},
+            "parents": self.parents,
+            "files": files,
+            "metrics": metrics,
+            "form": self.form,
+            "fingerprint": hash_value([self.identity, files]),
+        }

@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 
 from pipeline.config.errors import UserError
 from pipeline.runtime.hashing import hash_file, hash_value
+from pipeline.runtime.interrupts import SIGNALS, Interrupts
 from pipeline.runtime.process import processes
 
 SECONDS_BETWEEN_BEATS = 1.0
@@ -49,12 +50,12 @@ class Heartbeat:
     that and exits with status 1, whatever its main thread is waiting for. All machines must see the folder.
     """
 
-    def __init__(self, stage: str, folder: Path, timeout: float) -> None:
-        self.stage, self.folder, self.timeout = stage, folder, timeout
+    def __init__(self, stage: str, folder: Path, timeout: float, interrupts: Interrupts) -> None:
+        self.stage, self.folder, self.timeout, self.interrupts = stage, folder, timeout, interrupts
         self.rank, self.world = processes().process_index, processes().num_processes
         self.phase, self.count = "starting", 0
         self.write_lock = threading.Lock()
-        self.previous_handler: Any = None  # of SIGTERM
+        self.previous_handlers: dict[signal.Signals, Any] = {}
         self.previous_wakeup_fd = -1
         self.last_beats: dict[int, tuple[int, float]] = {}  # by rank: the newest count, and when it was first read
         self.stopping = threading.Event()
@@ -70,7 +71,7 @@ class Heartbeat:
                 # A launcher that has lost one process sends SIGTERM to the rest at once. The reason is printed first;
                 # the main thread may be waiting in a collective, so the signal wakes the watching thread.
                 os.set_blocking(self.wakeup_write, False)
-                self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+                self.previous_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
                 self.previous_wakeup_fd = signal.set_wakeup_fd(self.wakeup_write, warn_on_full_buffer=False)
             self.thread.start()
         return self
@@ -88,9 +89,10 @@ class Heartbeat:
             return
         self.stopping.set()
         self.thread.join()
-        if self.previous_handler is not None:
+        if self.previous_handlers:
             signal.set_wakeup_fd(self.previous_wakeup_fd)
-            signal.signal(signal.SIGTERM, self.previous_handler)
+            for number, handler in self.previous_handlers.items():
+                signal.signal(number, handler)
         if failure is None:
             with contextlib.suppress(OSError):  # the folder still holds other processes' files
                 self._file(self.rank).unlink()
@@ -120,8 +122,11 @@ class Heartbeat:
             if reason := self.find_failure():
                 self._exit(reason)
             is_awake = select.select([self.wakeup_read], [], [], SECONDS_BETWEEN_BEATS)[0]
-            if is_awake and signal.SIGTERM in os.read(self.wakeup_read, 64):
-                self._exit(self._wait_for_failure())
+            for number in os.read(self.wakeup_read, 64) if is_awake else b"":
+                if number in SIGNALS:
+                    stops_at_once, reason = self.interrupts.receive(number), self._wait_for_failure()
+                    if stops_at_once or reason:
+                        self._exit(reason)
 
     def _wait_for_failure(self) -> str:
         """`find_failure`, tried for a second."""
@@ -138,7 +143,9 @@ class Heartbeat:
         """Ends the process at once, without waiting for the main thread, which may hang in a collective."""
         if reason:
             self._print_failure(reason)
-        os._exit(1 if reason else 128 + signal.SIGTERM)
+        elif self.rank == 0:
+            print(f"{self.stage}: stopped at once by {self.interrupts.name}", file=sys.stderr, flush=True)
+        os._exit(1 if reason else 128 + self.interrupts.number)
 
     def find_failure(self) -> str:
         """Which other process has failed, died or stopped writing, and in what phase, in words; '' if none has."""

@@ -125,7 +125,7 @@ class WholeBatches(transformers.Trainer):
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         loader = DataLoader(
-            with_filler(rows, tokenizer.eos_token_id),  # type: ignore[arg-type]  # it has a length and gives rows
+            with_filler(rows, tokenizer.eos_token_id),
             batch_size=args.per_device_train_batch_size,
             sampler=EpochSampler(
                 lambda epoch: epoch_order(len(rows), size, args.seed, epoch, self.lengths),
@@ -137,7 +137,7 @@ class WholeBatches(transformers.Trainer):
         return self.accelerator.prepare(loader)
 
 
-class NextTokenTrainer(WholeBatches, SFTTrainer):
+class NextTokenTrainer(WholeBatches, SFTTrainer):  # type: ignore[misc]  # TRL says None where transformers says bool
     """TRL's SFTTrainer with our next-token loss: textbook label smoothing in one forward, one global denominator."""
 
     def __init__(self, *, label_smoothing: float, lengths: Sequence[int] | None = None, **arguments: Any) -> None:
@@ -164,7 +164,7 @@ class NextTokenTrainer(WholeBatches, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class HeadTrainer(WholeBatches, RewardTrainer):
+class HeadTrainer(WholeBatches, RewardTrainer):  # type: ignore[misc]
     """TRL's RewardTrainer with one denominator for all pairs of an optimiser step.
 
     AdamW with one more group: the head starts from noise, the trunk from pretrained features, which the head's

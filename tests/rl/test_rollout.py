@@ -17,8 +17,8 @@ from pipeline.data.tokenize import decode, preference_rows, text_ids
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.models.actor_critic import ActorCritic
 from pipeline.models.forward import response_logprobs
+from pipeline.models.fresh_adapter import wrap_with_adapter
 from pipeline.models.heads import Critic
-from pipeline.models.loading import wrap_with_adapter
 from pipeline.rl.experience import Experience
 from pipeline.rl.rewards import reward_model_scores
 from pipeline.rl.rollout import Rollout, generate

@@ -1,23 +1,34 @@
 """A stage that is cut off goes on to the bit, from the newest checkpoint that is as it was written, or says why not."""
 
+import dataclasses
 import json
+import os
 import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from ranks import STAGES, changed, configs, cut_off
+from tiny import saved_weights
 
 from pipeline.runtime import checkpoints
 from pipeline.runtime.finished import StageError
 from pipeline.runtime.hashing import file_manifest
+from pipeline.runtime.process import Interrupted
+from pipeline.runtime.stage_run import StageRun
 
 NAMES = ("pretrain", "sft", "sft_lora", "reward", "ppo", "ppo_full")
 
 
 def settings(name: str, folder: Path, runs: Path):
-    """A run of four steps or rollouts with a checkpoint after each."""
-    config = changed(configs(folder, runs, "tiny")[name], save_steps=1)
-    return changed(config, rollouts=4, adaptive_kl=0.5, keep="best") if name.startswith("ppo") else config
+    """Four rollouts with a checkpoint after each; or twelve steps, logged at 1 and 10, with one after every fourth."""
+    config = configs(folder, runs, "tiny")[name]
+    if name.startswith("ppo"):
+        return changed(config, rollouts=4, adaptive_kl=0.5, keep="best", save_steps=1)
+    more = {"max_steps": 12} if name == "pretrain" else {}
+    optim = dataclasses.replace(config.optim, num_train_epochs=3)
+    return changed(config, optim=optim, save_steps=4, **more)
 
 
 def train(name: str, config) -> Path:
@@ -41,8 +52,12 @@ def whole(folder, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "after"), [("pretrain", 1), ("sft", 4), *((name, after) for name in NAMES[1:] for after in (1, 3))]
-)
+    ("name", "after"),
+    [
+        ("pretrain", 4), ("sft", 4), ("sft", 12), ("sft_lora", 8), ("reward", 4), ("reward", 8),
+        *((name, after) for name in NAMES[-2:] for after in (1, 3)),
+    ],
+)  # fmt: skip
 def test_a_stage_that_was_cut_off_goes_on_to_the_bit(name, after, whole, folder, tmp_path, capsys):
     config = settings(name, folder, tmp_path)
     with cut_off(after):
@@ -98,11 +113,93 @@ def test_without_a_whole_checkpoint_the_stage_starts_again(interrupted, whole, c
     assert lines(final.parent, "metrics.jsonl") == lines(whole["ppo"].parent, "metrics.jsonl")
 
 
-def test_a_checkpoint_of_other_dials_is_set_aside_with_its_attempt(interrupted, capsys):
+def test_of_a_run_of_other_dials_the_logs_are_kept(interrupted, capsys):
     final = train("ppo", changed(interrupted, kl_coef=0.3))
-    assert "of another run (kl_coef: 0.1 then, 0.3 now): set aside" in capsys.readouterr().out
+    assert "of another run (kl_coef: 0.1 then, 0.3 now): removed" in capsys.readouterr().out
     [attempt] = (final.parent / "attempts").iterdir()
-    assert checkpoints.newest_checkpoint(attempt / "checkpoints").step == 3
+    assert sorted(path.name for path in attempt.iterdir()) == [
+        "config.yaml", "metrics.jsonl", "run.json", "samples.jsonl"
+    ]  # fmt: skip
+
+
+def test_a_run_goes_on_when_the_same_work_is_cut_up_otherwise(interrupted, whole, capsys):
+    final = train("ppo", changed(interrupted, micro_batch=1, gradient_checkpointing=True))
+    assert "goes on after step 3" in capsys.readouterr().out
+    ours, theirs = saved_weights(final), saved_weights(whole["ppo"])
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
+
+
+def test_a_log_that_lost_lines_keeps_those_that_are_whole(interrupted, whole, capsys):
+    log = interrupted.run.folder("ppo") / "metrics.jsonl"
+    os.truncate(log, log.stat().st_size - 20)
+    (log.parent / "samples.jsonl").unlink()
+    final = train("ppo", interrupted)
+    printed = capsys.readouterr().out
+    assert f"{log}: warning: the checkpoint counts" in printed
+    assert "samples.jsonl: warning: the checkpoint counts" in printed
+    assert content(final) == content(whole["ppo"])
+    rows = lines(final.parent, "metrics.jsonl")
+    complete = lines(whole["ppo"].parent, "metrics.jsonl")
+    assert [row for row in complete if row not in rows] == [complete[-3]]  # rollout 2, whose line was cut
+    assert rows == [row for row in complete if row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "after"), [("sft", signal.SIGINT, 3), ("reward", signal.SIGTERM, 11), ("ppo", signal.SIGTERM, 4)]
+)
+def test_a_stage_that_is_told_to_stop_ends_its_step_and_goes_on_to_the_bit(
+    name, number, after, whole, folder, tmp_path, monkeypatch
+):
+    config = changed(settings(name, folder, tmp_path), save_steps=100)
+    with (
+        told_to_stop(monkeypatch, number, after),
+        pytest.raises(Interrupted, match=f"after step {after}, with a") as it,
+    ):
+        train(name, config)
+    assert it.value.number == number
+    final = config.run.final(name)
+    assert [path.name for path in (final.parent / "checkpoints").iterdir()] == [str(after)]
+    train(name, config)
+    assert content(final) == content(whole[name])
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        if (final.parent / log).exists():
+            assert lines(final.parent, log) == lines(whole[name].parent, log)
+
+
+@contextmanager
+def told_to_stop(monkeypatch, number, step):
+    """Within it the process sends itself a signal as a stage shows that many steps."""
+    show = StageRun.show_progress
+
+    def then_signal(run, total, done, **values):
+        show(run, total, done, **values)
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "show_progress", then_signal)
+        yield
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_without_save_steps_nothing_is_kept_of_a_stage_that_is_told_to_stop(name, folder, tmp_path, monkeypatch):
+    config = changed(settings(name, folder, tmp_path), save_steps=0)
+    with (
+        told_to_stop(monkeypatch, signal.SIGTERM, 2),
+        pytest.raises(Interrupted, match="by SIGTERM after step 2, without a checkpoint, since save_steps is 0"),
+    ):
+        train(name, config)
+    assert not list(config.run.folder(name).glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("save_steps", [0, 4])
+def test_weights_that_are_not_finite_are_never_written(save_steps, folder, tmp_path):
+    config = changed(settings("sft", folder, tmp_path), save_steps=save_steps)
+    config = changed(config, optim=dataclasses.replace(config.optim, learning_rate=1e38, num_train_epochs=2))
+    with pytest.raises(FloatingPointError, match=rf"sft: model\.\S+ is not finite after step {save_steps or 8}"):
+        train("sft", config)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("DONE.json"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from pipeline.models.heads import new_reward_model
@@ -111,6 +111,32 @@ def test_trls_trainers_count_and_log_their_tokens(make_model, saved, tokenizer, 
         internals.set_tokens_trained(trainer, 7)
         internals.log_tokens(trainer)
         assert trainer._metrics["train"]["num_tokens"] == [7] == [internals.tokens_trained(trainer)]
+
+
+class GoesOn(TrainerCallback):
+    """Puts back at the start what was summed up since the last log line, and looks at the next line."""
+
+    def on_train_begin(self, args, state, control, **_):
+        has("transformers", self.trainer, "_tr_loss", "_globalstep_last_logged")
+        internals.set_running_averages(self.trainer, {"loss": 30.0, "last_logged": -2, "metrics": {"margin": [5.0]}})
+        assert internals.running_averages(self.trainer)["metrics"]["margin"] == [5.0]
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.lines.append(logs)
+
+
+def test_a_trainer_goes_on_from_its_running_averages(make_model, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [1, 5, 6, 2]}] * 2)
+    off = {"report_to": "none", "use_cpu": True, "max_length": None, **internals.checkpointing_arguments(False)}
+    arguments = SFTConfig(str(tmp_path), max_steps=1, logging_steps=1, disable_tqdm=True, save_strategy="no", **off)
+    callback = GoesOn()
+    trainer = SFTTrainer(
+        make_model("llama"), arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback]
+    )
+    callback.trainer, callback.lines = trainer, []
+    trainer.train()
+    assert callback.lines[0]["margin"] == 5.0
+    assert 10.0 < callback.lines[0]["loss"] < 15.0  # (30 and a step's loss) over three steps
 
 
 def test_accelerate_forgets_its_state():

@@ -1,20 +1,33 @@
 """A stage's output appears whole or not at all, is identified by content, and is never silently reused or replaced."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline.config.parse import parse
-from pipeline.config.stages import SFT
+from pipeline.config.parse import identity, parse
+from pipeline.config.stages import PPO, SFT
 from pipeline.data.sources import DataError, hash_sources
+from pipeline.runtime import hashing
 from pipeline.runtime.finished import StageError, read_done, verify_files
 from pipeline.runtime.hashing import hash_value
+from pipeline.runtime.lock import lock_folder, unlock
+from pipeline.runtime.process import Interrupted
 from pipeline.runtime.stage_run import StageRun
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,7 +95,7 @@ def test_a_finished_stage_lists_what_it_is_and_what_it_was_made_from(project):
     assert done["base"] == {"base": read_done(base)["fingerprint"]}
     assert done["metrics"] == {"loss": 1.25}
     assert sorted(path.name for path in final.parent.iterdir()) == [
-        "config.yaml", "final", "metrics.jsonl", "run.json", "samples.jsonl"
+        ".hashes.json", ".lock", "config.yaml", "final", "metrics.jsonl", "run.json", "samples.jsonl"
     ]  # fmt: skip
 
 
@@ -136,6 +149,43 @@ def test_a_write_that_fails_leaves_no_final_and_keeps_what_was_there(project):
         read_done(run.final)
     assert (run.folder / "metrics.jsonl").exists()
     assert snapshot(base) == before
+
+
+def test_what_is_no_number_is_null_in_every_file(project):
+    """NaN and Infinity are no JSON."""
+    with StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"])) as run:
+        run.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "kl": 0.5})
+        metrics = {"perplexity": float("inf"), "by_margin": [{"low": -float("inf"), "high": 0.0}]}
+        final = run.finish(lambda folder: (folder / "a").write_text("a"), metrics)
+
+    def read(text: str) -> dict:
+        return json.loads(text, parse_constant=pytest.fail)
+
+    assert read((run.folder / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "grad_norm": None, "kl": 0.5}
+    for file in (final / "DONE.json", run.folder / "run.json"):
+        assert read(file.read_text())["metrics"] == {"perplexity": None, "by_margin": [{"low": None, "high": 0.0}]}
+
+
+def test_weights_are_whole_on_disk_while_they_are_measured(project, capsys):
+    def write(folder: Path) -> None:
+        (folder / "model.bin").write_text("weights")
+
+    def attempt(error: bool) -> Path:
+        with StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"])) as run:
+            run.write(write)
+            assert (run.partial / "model.bin").read_text() == "weights"
+            assert not run.final.exists()
+            if error:
+                raise RuntimeError("out of memory")
+            return run.complete({"loss": 1.0})
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attempt(error=True)
+    assert "sft: the weights are whole in runs/r/sft/final.partial" in " ".join(capsys.readouterr().out.split())
+    assert Path("runs/r/sft/final.partial/model.bin").exists()
+    final = attempt(error=False)
+    assert verify_files(final)["metrics"] == {"loss": 1.0}
+    assert not (final.parent / "final.partial").exists()
 
 
 def test_an_unfinished_attempt_is_put_aside_and_kept(project):
@@ -308,10 +358,14 @@ def test_data_of_several_sources_belong_to_what_a_stage_is(project):
     assert one != other
 
 
+def of_size(free: int):
+    return lambda _: shutil._ntuple_diskusage(2**40, 2**40, free)
+
+
 def test_a_full_disk_is_found_before_training(project, monkeypatch):
     base, _ = chain()
     shutil.rmtree("runs/r/sft")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 10 * 2**20))
+    monkeypatch.setattr(shutil, "disk_usage", of_size(10 * 2**20))
     before = snapshot(project)
     with (
         pytest.raises(StageError, match=r"runs/r/sft: the disk has 10 MiB free, sft needs about 50: make room"),
@@ -319,3 +373,228 @@ def test_a_full_disk_is_found_before_training(project, monkeypatch):
     ):
         pass
     assert snapshot(project) == before
+
+
+@pytest.mark.parametrize(
+    ("written", "there", "needed"),
+    [
+        (0, 0, 50 + 70),  # final/ alone
+        (1, 0, 50 + 30 + 70),  # a checkpoint, and final/ beside it
+        (9, 0, 50 + 60 + 70),  # two are kept
+        (9, 5, 50 + 60 + 70 - 5),  # of a run that is gone on from
+    ],
+)
+def test_space_is_wanted_for_what_a_run_holds_at_its_fullest(written, there, needed, project, monkeypatch):
+    size = 2**20
+    with sft_from(finished("pretrain", SFT, {})) as run:
+        if there:
+            run.checkpoints.mkdir()
+            (run.checkpoints / "weights").write_bytes(bytes(there * size))
+        monkeypatch.setattr(shutil, "disk_usage", of_size(needed * size))
+        run.check_disk(30 * size, written, 70 * size)
+        monkeypatch.setattr(shutil, "disk_usage", of_size(needed * size - 1))
+        with pytest.raises(StageError, match=rf"sft needs about {needed} \(.* checkpoints of 30, or .* final/ of 70\)"):
+            run.check_disk(30 * size, written, 70 * size)
+
+
+FULL = {
+    "python": OSError(errno.ENOSPC, "No space left on device"),
+    "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    "torch's writer": RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    "torch's checkpoints": CheckpointException("save", {0: (OSError(errno.ENOSPC, "No space left on device"), None)}),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+@pytest.mark.parametrize("what", ["final", "checkpoint"])
+def test_a_disk_that_is_full_in_the_middle_is_one_sentence_and_nothing_is_lost(project, what, error):
+    def half(folder: Path) -> None:
+        (folder / "model.bin").write_text("half")
+        raise error
+
+    def start():
+        return StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"]))
+
+    def train(run):
+        with run:
+            run.log(1, {"loss": 2.0})
+            run.save_checkpoint(1, lambda folder: (folder / "w").write_text("whole"), {"at": 1})
+            run.finish(half, {}) if what == "final" else run.save_checkpoint(2, half, {})
+
+    run = start()
+    with pytest.raises(StageError, match=r"^runs/r/sft: no space left on its disk; .*: make room"):
+        train(run)
+    assert sorted(path.name for path in run.folder.iterdir() if path.name[0] != ".") == [
+        "checkpoints", "config.yaml", "metrics.jsonl", "run.json"
+    ]  # fmt: skip
+    assert [path.name for path in run.checkpoints.iterdir()] == ["1"]
+    with start() as again:
+        assert again.resume_from.facts["state"] == {"at": 1}
+
+
+# parents and outputs are whole
+
+
+@pytest.mark.parametrize("name", ["model.bin", "below/more.bin", "DONE.json"])
+@pytest.mark.parametrize("spoil", [flip, lambda file: os.truncate(file, 3)], ids=["flip", "cut"])
+def test_a_damaged_parent_or_output_is_named(project, name, spoil):
+    base, final = chain()
+    for spoilt, stage in ((final, "sft"), (base, "pretrain")):
+        spoil(spoilt / name)
+        way = f"move {spoilt.parent} away and run {stage} again"
+        with pytest.raises(StageError, match=rf"^{spoilt / name}: (missing or )?not as it was written.*{way}$"):
+            StageRun(
+                "sft", config(SFT), {"base": base}, hash_sources(["train.jsonl", "validation.jsonl"])
+            ).is_finished()
+
+
+def test_a_file_is_read_again_only_where_it_has_changed(project, monkeypatch):
+    base, _ = chain()
+    read = []
+    monkeypatch.setattr(
+        hashing, "hash_file", lambda path, whole=hashing.hash_file: read.append(path.name) or whole(path)
+    )
+    sft_from(base)
+    assert "model.bin" not in read
+    content, found = (base / "model.bin").read_bytes(), (base / "model.bin").stat()
+    flip(base / "model.bin")
+    os.utime(base / "model.bin", ns=(found.st_atime_ns, found.st_mtime_ns))  # the time of the inode has changed
+    with pytest.raises(StageError, match=r"model\.bin"):
+        sft_from(base)
+    (base / "model.bin").write_bytes(content)
+    sft_from(base)
+    assert read.count("model.bin") == 2
+    cache = base.parent / ".hashes.json"
+    for spoil in (lambda: cache.write_text("[1"), lambda: (cache.unlink(), cache.mkdir())):  # then it is of no use
+        spoil()
+        sft_from(base)
+    assert read.count("model.bin") == 4
+
+
+# one run per folder
+
+
+def test_a_second_run_is_refused_by_the_name_of_the_first_and_changes_nothing(project):
+    with StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"])) as run:
+        run.log(1, {"loss": 2.0})
+        before = snapshot(project)
+        holder = rf"process {os.getpid()} on {socket.gethostname()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+        with (
+            pytest.raises(StageError, match=f"^runs/r/sft: {holder}, is running in it: wait until it has ended"),
+            StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"])),
+        ):
+            pass
+        assert snapshot(project) == before
+    with StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"])):  # the first has ended
+        pass
+
+
+def test_a_process_that_was_killed_holds_nothing(tmp_path):
+    hold = f"import fcntl; f = open('{tmp_path / '.lock'}', 'a+'); fcntl.flock(f, 2); f.write('pid 7,'); f.flush()"
+    child = subprocess.Popen([sys.executable, "-c", f"{hold}; print(flush=True); input()"], stdin=-1, stdout=-1)
+    child.stdout.readline()
+    with pytest.raises(StageError, match="pid 7, is running in it"):
+        lock_folder(tmp_path)
+    child.kill()
+    child.communicate()
+    unlock(lock_folder(tmp_path))
+    assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert lock_folder(tmp_path) is None
+    assert "warning: not locked (No locks available)" in capsys.readouterr().out
+
+
+def test_a_stage_that_another_process_has_finished_meanwhile_is_left_alone(project):
+    run = StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl", "validation.jsonl"]))
+    assert not run.is_finished()
+    final = finished("sft", SFT, {})
+    before = snapshot(final)
+    with pytest.raises(StageError, match="another process has just finished it: give the same command again"), run:
+        pass
+    assert snapshot(final) == before
+    assert run.is_finished()
+
+
+# what is left
+
+
+def test_checkpoints_left_by_a_kill_are_removed_by_the_next_call(project):
+    _, final = chain()
+    left = final.parent / "checkpoints/100"
+    left.mkdir(parents=True)
+    (left / "weights.bin").write_text("large")
+    base = final.parent.parent / "pretrain/final"
+    assert StageRun("sft", config(SFT), {"base": base}, hash_sources(["train.jsonl", "validation.jsonl"])).is_finished()
+    assert not left.parent.exists()
+
+
+@pytest.mark.parametrize(("dial", "value"), [("micro_batch", "4"), ("gradient_checkpointing", "true")])
+def test_how_the_work_is_cut_up_has_no_part_in_what_a_stage_is(project, dial, value):
+    for kind in (SFT, PPO):
+        assert identity(config(kind, f"--{dial}", value)) == identity(config(kind))
+    finished("sft", SFT, {})
+    run = StageRun("sft", config(SFT, f"--{dial}", value), {}, hash_sources(["train.jsonl", "validation.jsonl"]))
+    assert run.is_finished()
+
+
+def test_every_name_is_on_the_disk_before_done_is(project, monkeypatch):
+    """Files, and the folders that hold their names: those of `final/` before it is renamed, and all above it."""
+    synced, events = set(), []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.add(os.readlink(f"/proc/self/fd/{number}")))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda old, new: events.append(set(synced)) or rename(old, new))
+    final = finished("sft", SFT, {}).resolve()
+    temporary = final.with_name("final.partial")
+    names = ("model.bin", "below", "below/more.bin", "DONE.json", ".")
+    assert {str((temporary / name).resolve()) for name in names} <= events[-1]
+    assert {str(final.parent / name) for name in ("metrics.jsonl", "samples.jsonl")} <= events[-1]
+    assert {str(folder) for folder in (project, project / "runs", project / "runs/r")} <= events[-1]
+    assert str(final.parent) in synced
+
+
+# weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_finished(project, dtype):
+    def write(folder: Path) -> None:
+        (folder / "below").mkdir()
+        save_file({"good": torch.ones(2), "ids": torch.ones(2).int()}, folder / "a.safetensors")
+        save_file({"spoilt": torch.tensor([1, torch.nan]).to(dtype)}, folder / "below/b.safetensors")
+
+    with StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"])) as run:
+        with pytest.raises(FloatingPointError, match=r"sft: spoilt in below/b\.safetensors is not finite"):
+            run.finish(write, {})
+        assert not list(run.folder.glob("final*"))
+
+
+# interruptions
+
+
+def test_final_is_finished_before_a_stage_stops(project):
+    def write(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        (folder / "model.bin").write_text("whole")
+
+    before = signal.getsignal(signal.SIGTERM)
+    run = StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"]))
+    with pytest.raises(Interrupted, match="sft: stopped by SIGTERM once runs/r/sft/final was finished"), run:
+        run.finish(write, {})
+    assert verify_files(run.final)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_while_models_are_loaded_a_signal_stops_at_once(project):
+    with (
+        pytest.raises(Interrupted, match="sft: stopped at once by Ctrl-C, while loading"),
+        StageRun("sft", config(SFT), {}, hash_sources(["train.jsonl"])),
+    ):
+        os.kill(os.getpid(), signal.SIGINT)

@@ -9,6 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 from tensorboardX.proto import event_pb2
 from wandb.proto import wandb_internal_pb2
 
@@ -23,14 +25,15 @@ from pipeline.runtime.tracking import PACKAGES, Tracking
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 RUN = """
-from pathlib import Path
+import torch
+from safetensors.torch import save_file
 from pipeline.config.parse import parse
 from pipeline.config.stages import SFT, Pretrain
 from pipeline.data.sources import hash_sources
 from pipeline.runtime.stage_run import StageRun
 dials = ["--config", "empty.yaml", "--recipe", "r", "--seed", "7", "--report_to", "wandb"]
 def write(folder):
-    (folder / "model.safetensors").write_bytes(b"weights")
+    save_file({"weights": torch.ones(2)}, folder / "model.safetensors")
 with StageRun("pretrain", parse(Pretrain, dials), {}, hash_sources(["train.jsonl"])) as run:
     base = run.finish(write, {"loss": 3.0})
 with StageRun("sft", parse(SFT, dials), {"base": base}, hash_sources(["train.jsonl"])) as run:
@@ -143,7 +146,7 @@ def test_with_wandb_unreachable_the_result_is_the_same_with_one_warning(project)
     assert done.stdout.count("wandb: warning: logged offline, since") == 2  # one per stage
     assert "Traceback" not in done.stderr
     content = {f.name: f.read_bytes() for f in (project / "runs/r/sft/final").iterdir() if f.name != "DONE.json"}
-    assert content == {"model.safetensors": b"weights"}
+    assert content == {"model.safetensors": save({"weights": torch.ones(2)})}
     assert records(project / "runs/r/sft")["history"]
     fingerprint = verify_files(project / "runs/r/sft/final")["fingerprint"]
     (project / "runs").rename(project / "first")

@@ -12,13 +12,14 @@ import pytest
 
 from pipeline.config.errors import UserError
 from pipeline.runtime import watchdog
+from pipeline.runtime.interrupts import Interrupts
 from pipeline.runtime.watchdog import Heartbeat, check_same_inputs
 
 
 @pytest.fixture
 def watcher(tmp_path):
     """Process 0 of three, whose watching thread is not started."""
-    heartbeat = Heartbeat("toy", tmp_path, 0.2)
+    heartbeat = Heartbeat("toy", tmp_path, 0.2, Interrupts("toy"))
     heartbeat.world = 3
     return heartbeat
 
@@ -92,11 +93,11 @@ def test_a_file_that_cannot_be_read_is_passed_over(watcher):
 
 def test_signals_are_as_before_when_a_stage_has_ended(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    heartbeat = Heartbeat("toy", tmp_path / "beats", 5.0)
+    heartbeat = Heartbeat("toy", tmp_path / "beats", 5.0, Interrupts("toy"))
     heartbeat.world = 2
     heartbeat.start()
     assert signal.getsignal(signal.SIGTERM) is not before
-    os.write(heartbeat.wakeup_write, bytes([signal.SIGINT]))  # another signal wakes it and is not taken for the end
+    os.write(heartbeat.wakeup_write, bytes([signal.SIGCHLD]))  # another signal wakes it and is not taken for the end
     time.sleep(0.2)
     assert heartbeat.thread.is_alive()
     heartbeat.stop(None)
@@ -106,7 +107,7 @@ def test_signals_are_as_before_when_a_stage_has_ended(tmp_path):
 
 
 def test_one_process_alone_writes_nothing(tmp_path):
-    heartbeat = Heartbeat("toy", tmp_path / "none", 1.0).start()
+    heartbeat = Heartbeat("toy", tmp_path / "none", 1.0, Interrupts("toy")).start()
     heartbeat.enter("update 1")
     heartbeat.stop(None)
     assert not (tmp_path / "none").exists()

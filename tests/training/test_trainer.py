@@ -11,8 +11,9 @@ from trl import SFTConfig
 
 from pipeline.config.dials import Adapter, Optim, Run
 from pipeline.data.tokenize import IGNORE_INDEX, decode, language_rows
-from pipeline.models.loading import wrap_with_adapter
+from pipeline.models.fresh_adapter import wrap_with_adapter
 from pipeline.runtime.internals import tokens_trained
+from pipeline.runtime.interrupts import Interrupts
 from pipeline.training.batches import epoch_order
 from pipeline.training.trainer import NextTokenTrainer, autocast_forward, count_tokens, run_training, training_arguments
 from pipeline.training.validation import validation_loss
@@ -200,6 +201,11 @@ class Log:
     def __init__(self):
         self.rows = []
         self.checkpoints = []
+        self.interrupts = Interrupts("toy")
+        self.disk = []
+
+    def check_disk(self, *needs):
+        self.disk.append(needs)
 
     def save_checkpoint(self, step, write, state):
         self.checkpoints.append((step, state))
@@ -220,7 +226,10 @@ def test_the_log_has_the_loss_and_counts_real_tokens(make_model, tokenizer, rows
     assert metrics.keys() >= {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"}
     assert 0 < metrics["tokens"] < sum(LENGTHS)
     assert log.shown[0] == 2
-    assert log.checkpoints == [(2, {"tokens": sum(LENGTHS)})]  # at the end, should validation fail
+    [(last, state)] = log.checkpoints  # at the end, should validation fail
+    assert (last, state["tokens"]) == (2, sum(LENGTHS))
+    size = 4 * sum(p.numel() for p in model.parameters())
+    assert log.disk == [(3 * size, 1, size)]  # weights and Adam's two moments; one of them; final/
 
 
 @pytest.mark.parametrize(("kind", "decays"), [("ia3", False), ("lora", True)])
@@ -252,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_stage(make_model, tokenizer, rows, 
     model = make_model("llama")
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
-    trainer = trainer_of(model, tokenizer, rows, tmp_path)
+    trainer = trainer_of(model, tokenizer, rows, tmp_path, batch_size=4, micro_batch=2)
     with pytest.raises(FloatingPointError, match="toy: loss is nan at step 1"):
         run_training(trainer, model, Log())
 
