@@ -20,7 +20,7 @@ from pipeline.adapters.mixture import mixture_weights
 from pipeline.adapters.reading import read_adapters
 from pipeline.adapters.search import search
 from pipeline.config.commands import Search
-from pipeline.config.dials import Adapter, Optim, Run
+from pipeline.config.dials import Adapter, Optim, Reading, Run
 from pipeline.config.stages import SFT
 from pipeline.data.formats import read_rows
 from pipeline.evaluation.statistics import pair_accuracy
@@ -259,7 +259,7 @@ def unlearn_reviews(setup: Setup, seed: int, common: Mapping[str, Any]) -> Figur
 
 def unlearn_dialogue(setup: Setup, seed: int, common: Mapping[str, Any]) -> Figures:
     """An adapter of the rejected, harmful answers of `pairs`, subtracted from the base."""
-    dialogues = [shorten_dialogue(row) for row in read_rows(setup.pairs, "pair", bad_rows="drop")]
+    dialogues = [shorten_dialogue(row) for row in read_rows(setup.pairs, "pair", reading=Reading(bad_rows="drop"))]
     rows = list({row["prompt"]: row for row in dialogues if row is not None}.values())
     random.Random(0).shuffle(rows)
     held_out = len(rows) // 4

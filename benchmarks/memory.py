@@ -40,8 +40,8 @@ def make_parents(folder: Path) -> None:
 
     from pipeline.config.dials import Adapter
     from pipeline.data.tokenizer import train_tokenizer
+    from pipeline.models.fresh_adapter import wrap_with_adapter
     from pipeline.models.heads import new_reward_model
-    from pipeline.models.loading import wrap_with_adapter
     from pipeline.models.saving import save_policy, save_with_base
 
     torch.manual_seed(0)

@@ -3,16 +3,14 @@
 from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from pipeline.adapters.proof import prove_merge, read_probes
 from pipeline.config.stages import Merge
 from pipeline.data.sources import hash_sources
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.models.loading import disable_dropout_
+from pipeline.models.loading import disable_dropout_, load_language_model_with_adapter
 from pipeline.models.saving import save_policy
 from pipeline.runtime.console import print_main, silence_libraries
+from pipeline.runtime.finished import recorded_form
 from pipeline.runtime.stage_run import StageRun
 
 
@@ -24,9 +22,10 @@ def train(config: Merge) -> Path:
     if stage.is_finished():
         return stage.final
     with stage:
+        stage.form = recorded_form(source)
         tokenizer = load_tokenizer(source)
-        policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-        prompts = read_probes(config.probe_file, tokenizer, config.run.bad_rows)
+        policy = load_language_model_with_adapter(source)
+        prompts = read_probes(config.probe_file, tokenizer, config.run.reading)
         merge = prove_merge(disable_dropout_(policy).eval(), tokenizer, prompts, source)
         print_main(
             f"merge: merged and unmerged agree within {merge.error:.1e} of the largest logit on {len(prompts)} prompts"

@@ -55,11 +55,15 @@ TESTS = {
     "models/actor_critic": ("models/test_models", "models/test_multi_adapter", "rl/test_parity", "rl/test_ppo"),
     "models/forward": ("models/test_models", "rl/test_parity", "rl/test_rollout", "rl/test_ppo"),
     "models/heads": ("models/test_models", "models/test_multi_adapter", "rl/test_ppo"),
-    "models/loading": ("models/test_models", "models/test_multi_adapter"),
-    "models/saving": ("models/test_models", "rl/test_rollout"),
+    "models/fresh_adapter": ("models/test_fresh_adapter",),
+    "models/loading": ("models/test_models", "models/test_multi_adapter", "models/test_loading"),
+    "models/saving": ("models/test_models", "models/test_fresh_adapter", "rl/test_rollout"),
+    "adapters/base": ("models/test_custom_code",),
+    "reward": ("chain/test_reward",),
     "models/multi_adapter": ("models/test_multi_adapter",),
     "data/tokenize": ("data/test_tokenize", "rl/test_rollout"),
     "runtime/checkpoints": ("runtime/test_checkpoints",),
+    "runtime/logs": ("runtime/test_checkpoints",),
     "runtime/stage_run": ("runtime/test_checkpoints", "runtime/test_stage_run"),
 }
 TWO = "chain/test_distributed"

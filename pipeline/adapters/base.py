@@ -1,21 +1,18 @@
 """The base model that adapters were trained on."""
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.adapters.lineage import read_lineage
 from pipeline.config.errors import UserError
-from pipeline.data.tokenizer import ModelError, load_tokenizer
-from pipeline.models.loading import disable_dropout_, freeze, load_language_model, load_pretrained
+from pipeline.data.tokenizer import ModelError, load_tokenizer, loading_error
+from pipeline.models.loading import disable_dropout_, freeze, hide_adapter, load_language_model, load_pretrained
 from pipeline.models.multi_adapter import hash_weights
 
 
@@ -56,7 +53,7 @@ def read_base(path: str | Path, task: str, num_labels: int = 0) -> AdapterBase:
     Raises AdapterError for a quantised base, ModelError for a folder that does not hold a whole model.
     """
     with hide_adapter(Path(path)) as folder:
-        if folder.is_dir() and getattr(AutoConfig.from_pretrained(folder), "quantization_config", None):
+        if folder.is_dir() and is_quantized(folder):
             raise AdapterError(
                 f"{path}: quantization_config: its weights are quantised, and a sum with them would be rounded again; "
                 "give the base in fp32 or bf16"
@@ -74,6 +71,15 @@ def read_base(path: str | Path, task: str, num_labels: int = 0) -> AdapterBase:
     return AdapterBase(str(path), task, model, tokenizer, hash_weights(weights), head_parameters)
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether the config says that the weights are quantised; ModelError for one that cannot be read."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise loading_error(folder, "model", error) from None
+    return bool(getattr(config, "quantization_config", None))
+
+
 def load_classifier(path: str | Path, num_labels: int) -> tuple[PreTrainedModel, frozenset[str]]:
     """A sequence classifier in fp32, and the parameters of its head, which its adapters bring.
 
@@ -86,16 +92,3 @@ def load_classifier(path: str | Path, num_labels: int) -> tuple[PreTrainedModel,
     if missing:
         raise ModelError(f"{path}: not a whole model: missing {', '.join(sorted(missing)[:5])}")
     return disable_dropout_(model), frozenset(name for name in model.state_dict() if not name.startswith(trunk))
-
-
-@contextlib.contextmanager
-def hide_adapter(folder: Path) -> Iterator[Path]:
-    """The folder as it would be without an adapter in it, which transformers would load unasked."""
-    if not (folder / CONFIG_NAME).is_file():
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as view:
-        for file in folder.iterdir():
-            if file.is_file() and not file.name.startswith("adapter_"):
-                (Path(view) / file.name).symlink_to(file.resolve())
-        yield Path(view)

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.adapters.search_dials import SAMPLED_MEASURES, SearchError
 from pipeline.config.commands import Search
-from pipeline.data.formats import Text, read_rows
+from pipeline.data.chat_template import ensure_chat_template, join_segments
+from pipeline.data.formats import read_rows
+from pipeline.data.messages import Text
 from pipeline.data.prompts import filter_prompts
-from pipeline.data.tokenize import IGNORE_INDEX, ensure_chat_template, join_segments, row_segments
+from pipeline.data.tokenize import IGNORE_INDEX, row_segments
 from pipeline.runtime.console import print_main
 
 LabelledRow = tuple[list[int], list[int]]
@@ -69,7 +71,7 @@ def read_split(
 ) -> EvalRows:
     """The rows of one split, each file read once, as tokens for what is measured."""
     kind = "pair" if "accuracy" in measures else "completion" if "loss" in measures else "prompt"
-    rows = read_rows(file, kind, config.rows, config.bad_rows, config.seed)
+    rows = read_rows(file, kind, config.rows, config.reading, config.seed)
     ensure_chat_template(tokenizer, rows)
     prompts = [row["prompt"] for row in rows]
     completions: list[LabelledRow] = []
@@ -89,7 +91,8 @@ def read_split(
             raise SearchError(f"{file}: fewer than 2 rows have at most max_length = {config.max_length}: raise it")
         if kept < total:
             print_main(f"{file}: {total - kept:,} rows are longer than {config.max_length} tokens (left out)")
-    texts = read_rows(retain_file, "text", config.rows, config.bad_rows, config.seed) if retain_file else []
+    as_named = replace(config.reading, columns="")  # `columns` is of the rows above
+    texts = read_rows(retain_file, "text", config.rows, as_named, config.seed) if retain_file else []
     retained = label_rows(tokenizer, [""] * len(texts), [row["text"] for row in texts]) if texts else []
     is_sampled = bool(measures & set(SAMPLED_MEASURES))
     return EvalRows(

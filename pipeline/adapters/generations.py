@@ -11,9 +11,10 @@ from torch import Tensor
 from pipeline.adapters.base import AdapterBase
 from pipeline.adapters.proof import load_unmerged
 from pipeline.config.commands import Verify
-from pipeline.data.formats import Text, display_text, read_rows
+from pipeline.data.chat_template import ensure_chat_template
+from pipeline.data.formats import read_rows
+from pipeline.data.messages import Text, display_text
 from pipeline.data.prompts import filter_prompts
-from pipeline.data.tokenize import ensure_chat_template
 from pipeline.evaluation.judges import Vader, fit_judge
 from pipeline.evaluation.statistics import Array
 from pipeline.evaluation.text import text_statistics
@@ -41,7 +42,7 @@ def compare_generations(config: Verify, folders: Mapping[str, Path], base: Adapt
 
 def read_generation_prompts(config: Verify, base: AdapterBase) -> list[Text]:
     """The prompts of `prompts_file`, long ones treated as the dial says."""
-    rows = read_rows(config.prompts_file, "prompt", config.prompts, config.bad_rows, config.seed)
+    rows = read_rows(config.prompts_file, "prompt", config.prompts, config.reading, config.seed)
     ensure_chat_template(base.tokenizer, rows)
     return filter_prompts([row["prompt"] for row in rows], base.tokenizer, config.sampling, config.prompts_file)
 

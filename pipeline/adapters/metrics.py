@@ -28,7 +28,7 @@ from pipeline.adapters.updates import check_addable
 from pipeline.adapters.writing import write_adapter
 from pipeline.config.commands import Search
 from pipeline.core.losses import next_token_loss
-from pipeline.data.formats import Text
+from pipeline.data.messages import Text
 from pipeline.data.tokenize import IGNORE_INDEX, length_batches, pad_rows
 from pipeline.data.tokenizer import load_shared_tokenizer
 from pipeline.evaluation.judges import Classifier, Vader, fit_judge
@@ -77,7 +77,12 @@ def make_eval_context(
     if "reward" in measures:
         if not config.reward:
             raise SearchError("reward: say which reward model")
-        load_shared_tokenizer({"base": base.path, "reward": config.reward})
+        scored = load_shared_tokenizer({"base": base.path, "reward": config.reward})
+        if scored.eos_token_id != base.tokenizer.eos_token_id:
+            raise SearchError(
+                f"reward: {config.reward} scores texts that end with '{scored.eos_token}', {base.path} ends them with "
+                f"'{base.tokenizer.eos_token}'; give a reward model of the same SFT policy"
+            )
         reward_model = freeze(load_reward_model(config.reward)).to(device)
     if "classifier" in measures:
         if not config.judge_file:

@@ -17,9 +17,12 @@ from pipeline.adapters.expressions import Expression
 from pipeline.adapters.mixture import Mixture, mixture_weights
 from pipeline.adapters.updates import Update
 from pipeline.adapters.writing import DTYPES, write_adapter
+from pipeline.config.dials import Reading
 from pipeline.core.tensors import position_ids
-from pipeline.data.formats import Text, read_rows
-from pipeline.data.tokenize import ensure_chat_template, prompt_batch
+from pipeline.data.chat_template import ensure_chat_template
+from pipeline.data.formats import read_rows
+from pipeline.data.messages import Text
+from pipeline.data.tokenize import prompt_batch
 from pipeline.models.loading import Policy, freeze, merge_adapter, unwrap_peft
 
 PROBES = 32  # prompts
@@ -135,9 +138,9 @@ def format_proof(proof: Proof) -> str:
     return f"of the largest logit: effect {proof.effect:.2g}, merged within {proof.merged:.1e}{mixed}{drift}"
 
 
-def read_probes(file: str, tokenizer: PreTrainedTokenizerBase, bad_rows: str = "error") -> list[Text]:
+def read_probes(file: str, tokenizer: PreTrainedTokenizerBase, reading: Reading = Reading()) -> list[Text]:
     """The first prompts of the file."""
-    rows = read_rows(file, "prompt", PROBES, bad_rows)
+    rows = read_rows(file, "prompt", PROBES, reading)
     ensure_chat_template(tokenizer, rows)
     return [row["prompt"] for row in rows]
 

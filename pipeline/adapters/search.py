@@ -49,6 +49,7 @@ from pipeline.data.sources import hash_source
 from pipeline.evaluation.statistics import Array, paired_difference_ci
 from pipeline.models.loading import check_model
 from pipeline.runtime.console import print_main, silence_libraries
+from pipeline.runtime.logs import finite_or_null
 
 
 def search(config: Search) -> Path:
@@ -98,9 +99,11 @@ def search(config: Search) -> Path:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "scipy")},
     }
     with atomic_folder(out) as temporary:
-        lines = (json.dumps(asdict(trial)) + "\n" for trial in trials)
+        lines = (json.dumps(finite_or_null(asdict(trial)), allow_nan=False) + "\n" for trial in trials)
         (temporary / "trials.jsonl").write_text("".join(lines), encoding="utf-8")
-        (temporary / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (temporary / "result.json").write_text(
+            json.dumps(finite_or_null(result), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         plot_trials(temporary / "curve.png", trials, chosen, config.objective, constraints, base_figures)
     print_main(f"search: {len(trials)} trials -> {out}; on test rows:")
     for name, row in report.items():

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.adapters.base import AdapterBase, AdapterError
 from pipeline.adapters.updates import Factors, Scales, Update, has_bias, update_kind
 from pipeline.models.multi_adapter import PREFIX
+from pipeline.runtime.finite import check_files_finite
+from pipeline.runtime.hashing import fsync_folder, fsync_path
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,9 +86,9 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        check_files_finite(str(out), temporary)
+        fsync_folder(temporary)
         temporary.rename(out)
+        fsync_path(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +28,7 @@ from pipeline.models.loading import (
     merge_adapter,
     unwrap_peft,
 )
-from pipeline.models.multi_adapter import POLICY, PREFIX, base_state_dict, load_adapter_weights
+from pipeline.models.multi_adapter import POLICY, PREFIX, adapter_state_dict, base_state_dict, load_adapter_weights
 from pipeline.models.saving import save_with_base
 
 
@@ -140,7 +140,7 @@ class ValueHead(nn.Linear):
             assert isinstance(policy, PeftModel)
             config = copy.deepcopy(policy.peft_config[self.adapter])
             config.task_type = TaskType.SEQ_CLS
-            weights = get_peft_model_state_dict(policy, adapter_name=self.adapter)
+            weights = adapter_state_dict(policy, self.adapter)
             classifier = get_peft_model(unwrap_peft(classifier), config)
             load_adapter_weights(classifier, POLICY, weights | {f"{PREFIX}score.weight": self.weight})
         save_with_base(classifier, folder)

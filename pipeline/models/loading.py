@@ -1,11 +1,16 @@
-"""Language models: made, loaded, put under an adapter."""
+"""Language models: made, or loaded from whatever directory they lie in."""
 
+import contextlib
 import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -15,10 +20,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from pipeline.config.dials import Adapter
+from pipeline.config.errors import UserError
 from pipeline.config.stages import Pretrain
-from pipeline.data.tokenizer import ModelError, first_line, hash_tokenizer
+from pipeline.data.tokenizer import ModelError, first_line, hash_tokenizer, loading_error
+from pipeline.models.fresh_adapter import describe_adapter, target_names, wrap_with_adapter
 from pipeline.models.multi_adapter import (
     POLICY,
     REFERENCE,
@@ -41,8 +49,21 @@ ATTN_IMPLEMENTATION = None if torch.accelerator.is_available() else "eager"
 preference data (docs/log.md); it keeps T x T numbers per head and layer."""
 
 
-def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, path: str | Path) -> None:
-    """ModelError if an id has no embedding, or `longest` tokens do not fit into the model's context."""
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model has positions for; None if its positions have no end."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def check_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    path: str | Path,
+    what: str = "rows may have",
+    dials: str = "max_length, or max_prompt_tokens + max_new_tokens",
+) -> None:
+    """ModelError if an id has no embedding, or `longest` tokens, which `what` has, do not fit into its context; `dials`
+    are what to lower then."""
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     rows = embeddings.num_embeddings
@@ -52,12 +73,9 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, long
             f"{path}: its tokenizer ({hash_tokenizer(tokenizer)}) has ids up to {highest}, the model has {rows} "
             "embeddings; give the model its own tokenizer"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and longest > context:
-        raise ModelError(
-            f"{path}: its context is {context} tokens, rows may have {longest}; lower max_length, or "
-            "max_prompt_tokens + max_new_tokens"
-        )
+        raise ModelError(f"{path}: its context is {context} tokens, {what} {longest}; lower {dials}")
 
 
 def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -80,18 +98,111 @@ def new_language_model(config: Pretrain, tokenizer: PreTrainedTokenizerBase) -> 
 def load_pretrained(
     kind: Any, path: str | Path, in_4bit: bool = False, **overrides: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A transformers model in fp32 and its loading info (missing and unexpected keys); ModelError if there is none.
+    """A transformers model in fp32, with the adapter that lies in its directory; and what both lacked or had unused.
 
-    `overrides` go into the model's configuration.
+    Of an adapter alone the base is the one that it names. `overrides` go into the model's configuration. Raises
+    ModelError where nothing can be loaded: for code of the model's own, pickled weights, shapes that differ from the
+    config's, an adapter of another base.
     """
+    options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # they are refused below
     quantization = quantization_kwargs() if in_4bit else {}
     try:
-        return kind.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-            attn_implementation=ATTN_IMPLEMENTATION, **quantization, **overrides,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{path}: no model can be loaded from it: {first_line(error)}") from None
+        is_adapter = find_adapter_config_file(str(path)) is not None
+        with base_of_adapter(path) if is_adapter else contextlib.nullcontext(path) as base:
+            check_not_pickled(base, "model.safetensors", "pytorch_model.bin")
+            model, info = kind.from_pretrained(
+                base, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
+                attn_implementation=ATTN_IMPLEMENTATION, **options, **quantization, **overrides,
+            )  # fmt: skip
+        if is_adapter:
+            model.name_or_path = str(path)
+            load_adapter_on_(model, path, info, options)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise loading_error(path, "model", error) from None
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"{path}: {name} has shape {tuple(found)} in its weights, {tuple(expected)} by its config: give "
+            "weights and config that belong together"
+        )
+    return model, info
+
+
+def load_adapter_on_(model: PreTrainedModel, path: str | Path, info: dict[str, Any], options: dict[str, Any]) -> None:
+    """Loads an adapter onto its base, in place, and adds to the base's loading info what the adapter's says.
+
+    Raises ModelError for weights of modules that the base does not have, which transformers would drop.
+    """
+    check_not_pickled(path, SAFETENSORS_WEIGHTS_NAME, "adapter_model.bin")
+    found = model.load_adapter(str(path), hf_quantizer=getattr(model, "hf_quantizer", None), **options).to_dict()
+    surplus = sorted(key for key in found["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}."))
+    if surplus:
+        raise ModelError(
+            f"{path}: its adapter has weights of modules that the base does not have: {', '.join(surplus[:5])}; give "
+            "it the base that it was trained on"
+        )
+    whole = {f"{name}." for name, layer in model.named_modules() if isinstance(layer, ModulesToSaveWrapper)}
+    info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(tuple(whole))}  # it brings them
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        info[kind] = {*info[kind], *found[kind]}
+
+
+def check_not_pickled(path: str | Path, wanted: str, pickled: str) -> None:
+    """ModelError for a directory whose weights are a pickle alone, which can run code when it is read."""
+    folder = Path(path)
+    if not any(folder.glob(f"{wanted}*")) and any(folder.glob(f"{Path(pickled).stem}*.bin*")):
+        raise ModelError(
+            f"{folder / pickled}: a pickle can run any code when it is read, and only safetensors are: load it where "
+            "you trust it and save it again (save_pretrained)"
+        )
+
+
+@contextlib.contextmanager
+def base_of_adapter(path: str | Path) -> Iterator[str | Path]:
+    """Where the base of an adapter is read from: its own directory with the adapter hidden, or what it names.
+
+    Raises ModelError for an adapter that names none, or one that cannot be found.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        with hide_adapter(folder) as view:
+            yield view
+        return
+    file = find_adapter_config_file(str(path))
+    assert file is not None
+    named = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    merge = f"python stages/merge.py merge {path} --base … --out …"
+    if not named:
+        raise ModelError(f"{path}: an adapter that names no base: run `{merge}`, start from what that writes")
+    try:
+        yield named
+    except UserError:
+        raise
+    except OSError as error:
+        raise ModelError(
+            f"{path}: an adapter, and its base {named} (base_model_name_or_path) cannot be loaded: "
+            f"{first_line(error).rstrip('.')}; put it there, or run `{merge}` and start from what that writes"
+        ) from None
+
+
+@contextlib.contextmanager
+def hide_adapter(folder: Path) -> Iterator[Path]:
+    """The folder as it would be without an adapter in it, which transformers would load unasked.
+
+    Errors name the folder, not the view of it.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as view:
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.startswith("adapter_"):
+                (Path(view) / file.name).symlink_to(file.resolve())
+        try:
+            yield Path(view)
+        except UserError as error:
+            raise type(error)(str(error).replace(view, str(folder))) from None
 
 
 def quantization_kwargs() -> dict[str, Any]:
@@ -136,11 +247,11 @@ def load_language_model(path: str | Path, in_4bit: bool = False) -> PreTrainedMo
 def load_language_model_with_adapter(path: str | Path, in_4bit: bool = False) -> PreTrainedModel:
     """As `load_language_model`, but an adapter saved in the directory stays on the model, and dropout stays."""
     model, info = load_pretrained(AutoModelForCausalLM, path, in_4bit)
-    if info["missing_keys"]:
-        raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
     heads = [name for name in sorted(info["unexpected_keys"]) if not name.startswith(f"{model.base_model_prefix}.")]
     if heads:
         raise ModelError(f"{path}: not a language model: it has a head that would not be used: {', '.join(heads[:5])}")
+    if info["missing_keys"]:
+        raise ModelError(f"{path}: not a whole language model: missing {', '.join(sorted(info['missing_keys'])[:5])}")
     return model
 
 
@@ -167,25 +278,6 @@ def disable_dropout_(model: Model) -> Model:
     return model
 
 
-def wrap_with_adapter(model: PreTrainedModel, dials: Adapter, task: TaskType = TaskType.CAUSAL_LM) -> PeftModel:
-    """The model frozen, under a fresh trainable adapter that changes nothing yet; a classifier's head is trained."""
-    targets: Any = dials.target_modules.split(",") if dials.target_modules else None
-    if dials.adapter == "lora":
-        config: Any = LoraConfig(
-            task_type=task,
-            r=dials.lora_r,
-            lora_alpha=dials.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: any number will do
-            use_rslora=dials.use_rslora,
-            use_dora=dials.use_dora,
-            target_modules=targets or "all-linear",
-        )
-    elif dials.adapter == "ia3":
-        config = IA3Config(task_type=task, target_modules=targets)
-    else:
-        raise ModelError(f"adapter: expected lora or ia3, got {dials.adapter}")
-    return get_peft_model(model, config)
-
-
 def load_policy(path: str | Path, dials: Adapter) -> Policy:
     """The SFT policy, to be trained: all of it, or an adapter on it, fresh and without effect.
 
@@ -199,7 +291,7 @@ def load_policy(path: str | Path, dials: Adapter) -> Policy:
     if sft is None:
         return wrap_with_adapter(disable_dropout_(base), dials)
     check_adapter_dials(dials, sft.config, path)
-    policy = get_peft_model(base, causal_lm_config(sft.config))
+    policy = describe_adapter(get_peft_model(base, causal_lm_config(sft.config)))
     load_adapter_weights(policy, POLICY, sft.weights)
     add_adapter(policy, REFERENCE, sft.config, sft.weights)
     return disable_dropout_(policy)
@@ -217,8 +309,9 @@ def check_adapter_dials(dials: Adapter, config: AdapterConfig, path: str | Path)
                 f"{path}: it is an adapter, which PPO trains further, and its {name} is {value}, not "
                 f"{getattr(dials, name)}: say --{name} {value}, or --adapter none to train all weights"
             )
-    targets = sorted(config.target_modules or ())
-    if dials.target_modules and sorted(dials.target_modules.split(",")) != targets:
+    modules = config.target_modules or ()  # PEFT takes a string for a regular expression
+    targets = [modules] if isinstance(modules, str) else sorted(modules)
+    if dials.target_modules and target_names(dials.target_modules) != targets:
         raise ModelError(
             f"{path}: it is an adapter, which PPO trains further, and its target_modules are {','.join(targets)}, not "
             f"{dials.target_modules}: leave target_modules empty"

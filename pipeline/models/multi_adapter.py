@@ -91,7 +91,12 @@ def add_adapter(
 
 def copy_adapter(policy: PeftModel, source: str, name: str) -> None:
     """Adds a copy of the adapter `source` to the policy's base."""
-    add_adapter(policy, name, adapter_config(policy, source), get_peft_model_state_dict(policy, adapter_name=source))
+    add_adapter(policy, name, adapter_config(policy, source), adapter_state_dict(policy, source))
+
+
+def adapter_state_dict(model: PeftModel | PreTrainedModel, name: str = POLICY) -> dict[str, Tensor]:
+    """The weights of one of a model's adapters, by PEFT's names; embeddings, which PEFT may add, are no part of it."""
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 def adapter_config(model: PeftModel | PreTrainedModel, name: str = POLICY) -> AdapterConfig:
@@ -128,7 +133,7 @@ def detach_adapter(model: PreTrainedModel) -> DetachedAdapter | None:
     """Takes the adapter that `from_pretrained` has loaded off the model, in place, and returns it; None without one."""
     if not adapter_layers(model):
         return None
-    config, weights = adapter_config(model), get_peft_model_state_dict(model)
+    config, weights = adapter_config(model), adapter_state_dict(model)
     remove_adapter_(model)
     return DetachedAdapter(config, {PREFIX + key: weight.detach() for key, weight in weights.items()})
 

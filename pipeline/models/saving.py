@@ -1,19 +1,22 @@
 """Directories that `from_pretrained` loads from anywhere."""
 
+import json
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.loading import Policy, full_precision_base, is_4bit, unwrap_peft
-from pipeline.models.multi_adapter import POLICY, adapter_config, base_state_dict
+from pipeline.models.multi_adapter import POLICY, AdapterConfig, adapter_config, base_state_dict
 from pipeline.runtime.internals import forget_quantization
 
 
 def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads from anywhere, tokenizer included."""
     base = unwrap_peft(policy)
+    base.config.eos_token_id, base.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     base.generation_config = sampling_config(tokenizer, base)
     save_with_base(policy, folder)
     tokenizer.save_pretrained(folder)
@@ -38,15 +41,23 @@ def save_with_base(model: Policy, folder: Path) -> None:
     config = adapter_config(model)
     config.base_model_name_or_path = None
     source, base.name_or_path = base.name_or_path, None  # else PEFT writes this path again
-    model.save_pretrained(str(folder), selected_adapters=[POLICY])
+    model.save_pretrained(str(folder), selected_adapters=[POLICY], save_embedding_layers=False)
     base.name_or_path = source
     (folder / "README.md").unlink()  # a model card with empty headings
+    sort_sets_(folder / CONFIG_NAME, config)
     if isinstance(config, LoraConfig) and config.use_dora:
         # PEFT writes DoRA's magnitudes without `.weight`; transformers wants it, and would load none of them.
         file = folder / "adapter_model.safetensors"
         named = {f"{k}.weight" if k.endswith("lora_magnitude_vector") else k: w for k, w in load_file(file).items()}
         save_file(named, file, metadata={"format": "pt"})
     base.save_pretrained(folder, state_dict=weights)
+
+
+def sort_sets_(file: Path, config: AdapterConfig) -> None:
+    """Sorts in the adapter's file what the config has as sets: PEFT writes them in an order that no two runs share."""
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved |= {field: sorted(value) for field, value in vars(config).items() if isinstance(value, set)}
+    file.write_text(json.dumps(saved, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def sampling_config(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> GenerationConfig:

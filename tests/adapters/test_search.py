@@ -1,5 +1,6 @@
 """The search: constraints kept, splits apart, and what it measures is what compose writes."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -248,6 +249,18 @@ def test_what_cannot_be_searched_is_refused_and_nothing_is_written(folders, file
     with pytest.raises(UserError, match=message):
         search(make_config(folders, files, tmp_path, **{"constraints": "perplexity <= 9*base", **given}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("made", "says"), [(True, "scores texts that end with '<bos>'"), (False, "tokenizers differ")])
+def test_a_reward_model_that_knows_another_end_is_refused(folders, files, tmp_path, tokenizer, made, says):
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<bos>"
+    other.save_pretrained(tmp_path / "reward")
+    if made:
+        (tmp_path / "reward/DONE.json").write_text("{}")
+    dials = {"objective": "reward", "reward": str(tmp_path / "reward"), "expression": "$x*good"}
+    with pytest.raises(UserError, match=says):
+        search(make_config(folders, files, tmp_path, **dials))
 
 
 @pytest.mark.parametrize("folders", ["ia3"], indirect=True)

@@ -25,6 +25,7 @@ from pipeline.data.tokenize import decode
 from pipeline.data.tokenizer import (
     PAD,
     ModelError,
+    encode_plain,
     hash_tokenizer,
     load_shared_tokenizer,
     load_tokenizer,
@@ -33,6 +34,7 @@ from pipeline.data.tokenizer import (
 from pipeline.models import forward
 from pipeline.models.actor_critic import ActorCritic
 from pipeline.models.forward import head_weight, response_logprobs
+from pipeline.models.fresh_adapter import wrap_with_adapter
 from pipeline.models.heads import Critic, ValueHead, load_reward_model, new_reward_model
 from pipeline.models.loading import (
     ATTN_IMPLEMENTATION,
@@ -43,7 +45,6 @@ from pipeline.models.loading import (
     merge_adapter,
     new_language_model,
     unwrap_peft,
-    wrap_with_adapter,
 )
 from pipeline.models.multi_adapter import use_adapter
 from pipeline.models.saving import save_policy
@@ -136,14 +137,16 @@ def test_a_token_to_spare_becomes_the_padding_and_nothing_grows(given, special, 
     assert f"'{taken}' is taken" in capsys.readouterr().out
 
 
-def test_a_token_that_text_or_template_uses_is_not_spare(tmp_path):
+def test_a_token_that_text_or_template_uses_is_not_spare(tmp_path, capsys):
     used = ["<bos>", "<unk>", "<|user|>"]
     folder = words(tmp_path, [*used, "<eos>"], "<unk>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "<|user|>{{ messages[0].content }}{{ eos_token }}"
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ModelError, match="no special token to spare"):
-        load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token == "b"  # the last entry: in a text it stays what it is
+    assert encode_plain(tokenizer, ["a b"]) == [[tokenizer.convert_tokens_to_ids("a"), tokenizer.pad_token_id]]
+    assert "'b' is taken, its last entry, which no response will have" in capsys.readouterr().out
 
 
 def test_tokenizers_must_agree_between_stages(tmp_path):

@@ -24,13 +24,13 @@ from pipeline.core.tensors import identity
 from pipeline.data.tokenize import preference_rows
 from pipeline.data.tokenizer import ModelError
 from pipeline.models.actor_critic import ActorCritic, add_reward_model
+from pipeline.models.fresh_adapter import wrap_with_adapter
 from pipeline.models.heads import Critic, ValueHead, load_reward_model, new_reward_model
 from pipeline.models.loading import (
     ATTN_IMPLEMENTATION,
     load_language_model,
     load_policy,
     unwrap_peft,
-    wrap_with_adapter,
 )
 from pipeline.models.multi_adapter import CRITIC, POLICY, REFERENCE, REWARD, adapter_layers, hash_trunk, use_adapter
 from pipeline.models.saving import save_policy

@@ -5,8 +5,8 @@ import torch
 
 from pipeline.config.dials import Adapter
 from pipeline.models.actor_critic import ActorCritic
+from pipeline.models.fresh_adapter import wrap_with_adapter
 from pipeline.models.heads import ValueHead
-from pipeline.models.loading import wrap_with_adapter
 from pipeline.models.sharding import full_state_dict, gathered, load_full_state_dict, meta_copy
 
 IDS = torch.tensor([[1, 5, 7, 4, 9, 3]])
