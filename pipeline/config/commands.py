@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pipeline.config.dials import JUDGED, SOURCES, Sampling, dial
+from pipeline.config.dials import JUDGED, SOURCES, Reading, Sampling, dial
 from pipeline.config.errors import ConfigError
 
 DTYPE = "type of the weights that are written; fp32 is exact, the others are measured against it"
@@ -64,9 +64,7 @@ class Verify:
         "data/imdb/ppo/validation.jsonl", "`prompt` rows that parents and result answer; empty: none", usual=True
     )
     prompts: int = dial(64, "how many prompts", low=2, usual=True)
-    bad_rows: str = dial(
-        "error", "a row that cannot be used stops it, or is left out and counted", choices=("error", "drop")
-    )
+    reading: Reading = Reading()
     judge_file: str = dial("", "a second judge is fitted to these rows: " + JUDGED)
     seed: int = dial(0, "seed of sampling", low=0)
     sampling: Sampling = Sampling()
@@ -114,9 +112,7 @@ class Search:
     budget: int = dial(25, "trials at most", low=1, usual=True)
     grid: int = dial(0, "how many of them lie on a grid, the others where it was best; 0: half of them", low=0)
     batch_size: int = dial(64, "sequences per forward", low=1)
-    bad_rows: str = dial(
-        "error", "a row that cannot be used stops it, or is left out and counted", choices=("error", "drop")
-    )
+    reading: Reading = Reading()
     seed: int = dial(0, "seed of sampling, the same noise in every trial", low=0)
     sampling: Sampling = Sampling()
 

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.columns import parse_columns
 from pipeline.config.errors import ConfigError
 
 SOURCES = "file, folder or hub dataset, or several (docs/data.md)"
@@ -29,8 +30,8 @@ def dial(
     """A dataclass field with its help text, closed set of values or inclusive range.
 
     `group` is the heading of this dial, and of those after it in its dataclass, in `--help all`; a `usual` dial stands
-    in `--help` too. `place` marks one that says where something lies, not what it is: a stage is told apart by its
-    inputs' content.
+    in `--help` too. `place` marks one that says where something lies, not what it is (a stage is told apart by its
+    inputs' content), or how the same mathematics is cut up, which changes a result by rounding alone.
     """
     return dataclasses.field(
         default=default,
@@ -46,6 +47,27 @@ def exact(total: int, parts: int, what: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the columns of a row mean, and what becomes of rows that cannot be used (docs/data.md)."""
+
+    columns: str = dial(
+        "",
+        "columns under other names, ours=theirs, and those left out on purpose, theirs=, for example "
+        "`prompt=question,tools=`; of every file of rows",
+        group="data",
+    )
+    bad_rows: str = dial(
+        "error", "a row that cannot be used stops the stage, or is left out and counted", choices=("error", "drop")
+    )
+    max_bad_rows: float = dial(
+        0.05, "share of a source's rows that bad_rows drop may leave out; above it, it stops", low=0, high=1, place=True
+    )
+
+    def __post_init__(self) -> None:
+        parse_columns(self.columns)
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     recipe: str = dial(
         "imdb",
@@ -55,9 +77,7 @@ class Run:
     )
     runs: str = dial("runs", "folder that holds <recipe>/<stage>/, which is transformers' output_dir", place=True)
     seed: int = dial(0, "seed of initialisation, data order and sampling", low=0, usual=True)
-    bad_rows: str = dial(
-        "error", "a row that cannot be used stops the stage, or is left out and counted", choices=("error", "drop")
-    )
+    reading: Reading = Reading()
     precision: str = dial(
         "auto",
         "arithmetic of forward and backward (transformers' bf16 and fp16); weights stay fp32 (auto: bf16 where that is "
@@ -107,9 +127,9 @@ class Optim:
         usual=True,
     )
     micro_batch: int = dial(
-        32, "rows per forward on one process (transformers' per_device_train_batch_size)", low=1, usual=True
+        32, "rows per forward on one process (transformers' per_device_train_batch_size)", low=1, usual=True, place=True
     )
-    gradient_checkpointing: bool = dial(False, CHECKPOINTING)
+    gradient_checkpointing: bool = dial(False, CHECKPOINTING, place=True)
 
     def rows_per_forward(self, processes: int) -> int:
         """`micro_batch`, or a process's whole share of a batch where that is less."""
@@ -146,6 +166,18 @@ class Adapter:
             raise ConfigError(f"use_dora: it is a kind of LoRA, and adapter is {self.adapter}; say --adapter lora")
         if self.load_in_4bit and self.adapter == "none":
             raise ConfigError("load_in_4bit: weights of 4 bits cannot be trained; say --adapter lora or ia3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What a tokenizer that a stage starts from lacks, or says otherwise than its chat template."""
+
+    eos_token: str = dial(
+        "", "token that ends a text or answer, for example <|im_end|>; empty: the tokenizer's own", group="tokens"
+    )
+    chat_template: str = dial(
+        "", "jinja file that renders conversations (TRL's chat_template_path); empty: the tokenizer's own", place=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

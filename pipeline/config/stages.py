@@ -6,7 +6,7 @@ fields are flat (`--seed 1`, `seed: 1`), so a name may occur only once in a stag
 
 import dataclasses
 
-from pipeline.config.dials import CHECKPOINTING, JUDGED, SOURCES, Adapter, Optim, Run, Sampling, dial, exact
+from pipeline.config.dials import CHECKPOINTING, JUDGED, SOURCES, Adapter, Optim, Run, Sampling, Tokens, dial, exact
 from pipeline.config.errors import ConfigError
 
 
@@ -39,9 +39,15 @@ class Pretrain:
         "wrapped", "how texts fill rows; neither loses a token", choices=("wrapped", "bfd_split")
     )
     sample_tokens: int = dial(60, "tokens of each sample shown at the end", low=1, group="evaluation")
+    tokens: Tokens = Tokens()
 
     def check(self) -> None:
         exact(self.hidden_size, self.num_attention_heads, "hidden_size / num_attention_heads")
+        if self.tokens != Tokens() and not self.init and self.tokenizer in ("bpe", "char", "word"):
+            raise ConfigError(
+                "eos_token, chat_template: a tokenizer that is trained here ends texts with <eos> and knows no "
+                "conversations: leave them out, or name another tokenizer"
+            )
         if self.stream and not self.max_steps:
             raise ConfigError("stream: the number of rows is not known, so say how many --max_steps to train")
 
@@ -80,6 +86,7 @@ class SFT:
         high=0.8,
         group="optimiser",
     )
+    tokens: Tokens = Tokens()
 
     def check(self) -> None:
         self.adapter.check()
@@ -121,6 +128,7 @@ class Reward:
         "drop", "a longer row is left out, keeps its first tokens, or stops the stage", choices=("drop", "cut", "error")
     )
     sampling: Sampling = Sampling()
+    tokens: Tokens = Tokens()
 
     def check(self) -> None:
         self.adapter.check()
@@ -166,8 +174,9 @@ class PPO:
         low=1,
         group="optimiser",
         usual=True,
+        place=True,
     )
-    gradient_checkpointing: bool = dial(False, CHECKPOINTING)
+    gradient_checkpointing: bool = dial(False, CHECKPOINTING, place=True)
     learning_rate: float = dial(1e-3, "policy's learning rate, falling linearly to zero", low=0, usual=True)
     critic_learning_rate: float = dial(5e-4, "critic's learning rate, falling linearly to zero", low=0)
     adam_epsilon: float = dial(
@@ -225,6 +234,7 @@ class PPO:
     judge_file: str = dial(
         "", "judges of sentiment in the evaluations, one fitted to these rows: " + JUDGED, place=True
     )
+    tokens: Tokens = Tokens()
 
     def check(self) -> None:
         self.adapter.check()

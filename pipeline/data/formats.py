@@ -1,118 +1,129 @@
 """The formats of TRL's datasets, and what a stage reads from a row of each.
 
     text         `text`; or any of the below, read as one text                                      pretrain
-    completion   `prompt` + `completion`; `messages`; a pair's `prompt` + `chosen`                  sft
+    completion   `messages`; `prompt` + `completion`; a pair's `prompt` + `chosen`; `text` alone    sft
     pair         `chosen` + `rejected`, with or without `prompt` and `margin`                       reward
-    prompt       `prompt`; a conversation or pair without its last answer                           ppo, evaluate
+    prompt       a conversation or pair without its last answer; `prompt`                           ppo, evaluate
 
-A field holds text, or messages ({"role", "content"}; also "from", "value"). Text that opens with "Human:" is a
-transcript (Bai et al., arXiv 2204.05862) and becomes messages. An error names the file, the row, the field and a fix.
+What stands first is read where a row has several. A field holds text, or messages; where one of a row holds messages
+all become messages. `data.columns` brings other names to these. An error names file, row, field and a fix.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from trl.data_utils import extract_prompt, maybe_convert_to_chatml
-
+from pipeline.config.columns import parse_columns
+from pipeline.config.dials import Reading
+from pipeline.data.answers import parse_answers, parse_conversation, trained_answers
+from pipeline.data.bad_rows import BadRows
+from pipeline.data.columns import check_found, refuse_unread, rename_columns, standardise, unread_columns
+from pipeline.data.messages import check_roles, field_error, full_text, parse_string, shorten
 from pipeline.data.sources import DataError, Row, iterate_sources
+from pipeline.data.transcripts import is_talk, parse_text_or_messages, refuse_unsplit
 from pipeline.runtime.console import print_main
 
-Message = dict[str, str]
-Text = str | list[Message]
-"""Plain text, or a conversation."""
-
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-ROLES = {
-    "Human": "user", "human": "user", "gpt": "assistant", "Assistant": "assistant",
-    "user": "user", "assistant": "assistant", "system": "system",
-}  # fmt: skip
 ADVICE = "mend or remove the row, or leave out all such rows with --bad_rows drop"
 
+Check = Callable[[dict[str, Any]], None]
 
-def read_rows(source: str, kind: str, limit: int = 0, bad_rows: str = "error", seed: int = 0) -> list[dict[str, Any]]:
+
+def read_rows(
+    source: str, kind: str, limit: int = 0, reading: Reading = Reading(), seed: int = 0, check: Check | None = None
+) -> list[dict[str, Any]]:
     """The first `limit` rows of the sources (0: all), with the fields that `kind` names above and each row's others.
 
-    Raises DataError for the first row that cannot be used; with `bad_rows` drop such rows are left out and counted.
+    Raises DataError for the first row that cannot be used; with `bad_rows` drop such rows are left out and counted, and
+    it is raised where they are more than `max_bad_rows`. `check` raises it for one that is read but cannot be used all
+    the same.
     """
-    return list(iterate_rows(source, kind, limit, bad_rows, seed))
+    return list(iterate_rows(source, kind, limit, reading, seed, check))
 
 
-def iterate_rows(source: str, kind: str, limit: int, bad_rows: str, seed: int) -> Iterator[dict[str, Any]]:
+def iterate_rows(
+    source: str, kind: str, limit: int, reading: Reading, seed: int, check: Check | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows of `read_rows` one by one, as they are read."""
-    parse = PARSERS[kind]
-    used = dropped = 0
-    first: DataError | None = None
+    parse, names = PARSERS[kind], parse_columns(reading.columns)
+    bad, found, others = BadRows(source, reading.max_bad_rows), set[str](), set[str]()
     preferences: dict[str, tuple[str, str]] = {}
-    for row in iterate_sources(source, limit, seed):
+    for where, fields in iterate_sources(source, limit, seed):
         try:
-            parsed = parse(row)
+            renamed = rename_columns(where, fields, names, found)
+            parsed = parse((where, renamed))
+            if check is not None:
+                check_row(where, parsed, check)
             if kind == "pair":
-                check_contradiction(row[0], parsed, preferences)
+                check_contradiction(where, parsed, preferences)
         except DataError as error:
-            if bad_rows == "error":
+            if reading.bad_rows == "error":
                 raise DataError(f"{error}; {ADVICE}") from None
-            first, dropped = first or error, dropped + 1
+            bad.drop(where, error)
             continue
-        used += 1
+        bad.use()
+        others |= unread_columns(renamed)
         yield parsed
-    if not used:
-        raise DataError(f"{source}: no row of it can be used; the first: {first}")
-    if dropped:
-        print_main(f"{source}: {dropped:,} rows dropped; the first: {first}")
+    check_found(source, names, found)
+    bad.finish()
+    if others:
+        print_main(f"{source}: columns that are not read: {', '.join(sorted(others))}")
 
 
 def parse_text(row: Row) -> dict[str, Any]:
     """`text`: the field itself, or prompt and completion joined."""
     where, fields = row
-    if "text" in fields:
+    if fields.get("text") is not None:
         return {**fields, "text": parse_string(where, fields, "text")}
     parsed = parse_completion(row)
     return {"text": full_text(parsed["prompt"], parsed["completion"])}
 
 
 def parse_completion(row: Row) -> dict[str, Any]:
-    """`prompt` and `completion`, both text or both messages; `every_turn` (from `messages`): train on all answers."""
-    where, fields = row[0], rename_aliases(row[1])
-    if "messages" in fields:
-        messages = parse_messages(where, fields, "messages", last="assistant")
-        return {**fields, "prompt": messages[:-1], "completion": messages[-1:], "every_turn": True}
+    """`prompt` and `completion`, both text or both messages.
+
+    `every_turn`: True where all answers of a conversation are trained, or for each of them whether it is; else False.
+    """
+    where, fields = row[0], standardise(*row)
+    refuse_unread(where, fields)
+    refuse_label(where, fields)
+    if "messages" not in fields and not {"prompt", "completion", "chosen"} & fields.keys() and "text" in fields:
+        if not is_talk(where, fields, "text"):
+            text = parse_text_or_messages(where, fields, "text")
+            refuse_unsplit(where, "text", str(text))
+            return {**fields, "prompt": "", "completion": text, "every_turn": False}
+        fields["messages"] = fields["text"]
+    messages = parse_conversation(where, fields) if "messages" in fields else []
+    ends_with_user = messages[-1:] and messages[-1]["role"] == "user"
+    if messages and not (ends_with_user and {"completion", "chosen"} & fields.keys()):
+        answered = messages[:-1] if ends_with_user and len(messages) > 1 else messages
+        check_roles(where, "messages", answered, last="assistant")
+        trained = trained_answers(where, fields, "messages")
+        return {**fields, "prompt": answered[:-1], "completion": answered[-1:], "every_turn": all(trained) or trained}
     if "chosen" in fields and "completion" not in fields:
-        pair = parse_pair(row)
+        pair = parse_pair((where, fields))
         if not pair["prompt"]:
             raise DataError(f"{where}: prompt: no such field, and chosen is not a conversation; expected a prompt")
-        return {**fields, "prompt": pair["prompt"], "completion": pair["chosen"]}
-    prompt, completion = parse_prompt_and_answer(where, fields, "completion")
-    return {**fields, "prompt": prompt, "completion": completion}
+        return {**fields, "prompt": pair["prompt"], "completion": pair["chosen"], "every_turn": False}
+    prompt, (completion,) = parse_answers(where, fields, ["completion"])
+    if not prompt:
+        raise field_error(where, fields, "prompt", "text or messages")
+    return {**fields, "prompt": prompt, "completion": completion, "every_turn": False}
 
 
 def parse_pair(row: Row) -> dict[str, Any]:
     """`prompt` ('' if there is none), `chosen` and `rejected`, all text or all messages, and `margin` (default 0.0)."""
-    where, fields = row[0], rename_aliases(row[1])
-    if fields.get("prompt") is not None:
-        prompt, chosen = parse_prompt_and_answer(where, fields, "chosen")
-        _, rejected = parse_prompt_and_answer(where, fields, "rejected")
-    else:
-        prompt = ""
-        chosen, rejected = (parse_text_or_messages(where, fields, side) for side in ("chosen", "rejected"))
-        if isinstance(chosen, list) != isinstance(rejected, list):
-            raise DataError(
-                f"{where}: rejected: expected the type of chosen, {type_name(chosen)}, got {type_name(rejected)}"
-            )
+    where, fields = row[0], standardise(*row)
+    refuse_unread(where, fields)
+    if not {"chosen", "rejected"} & fields.keys():
+        refuse_other_than_pair(where, fields)
+    refuse_label(where, fields)
+    prompt, (chosen, rejected) = parse_answers(where, fields, ["chosen", "rejected"])
     if chosen == rejected:
         raise DataError(f"{where}: rejected: the same as chosen, so there is nothing to prefer")
-    if isinstance(chosen, list) and not prompt:
-        parts: dict[str, Any] = extract_prompt({"chosen": chosen, "rejected": rejected})
-        prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
-        for side in (chosen, rejected):
-            check_roles(where, "chosen" if side is chosen else "rejected", [*prompt, *side], last="assistant")
-        if not prompt or len(chosen) > 1 or len(rejected) > 1:
-            raise DataError(f"{where}: chosen: expected the conversation of rejected with another last answer")
     margin = fields.get("margin", 0.0)
     try:
         number = math.nan if isinstance(margin, bool) else float(margin)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise DataError(f"{where}: margin: expected a finite number or no such field, got {shorten(margin)}")
@@ -121,12 +132,12 @@ def parse_pair(row: Row) -> dict[str, Any]:
 
 def parse_prompt(row: Row) -> dict[str, Any]:
     """`prompt`."""
-    where, fields = row[0], rename_aliases(row[1])
-    if fields.get("prompt") is None:
-        fields = parse_completion(row) if {"messages", "chosen"} & fields.keys() else fields
-    prompt = parse_text_or_messages(where, fields, "prompt")
-    if isinstance(prompt, list):
-        check_roles(where, "prompt", prompt, last="user")
+    where, fields = row[0], standardise(*row)
+    refuse_unread(where, fields)
+    talks = [name for name in ("completion", "chosen", "rejected") if is_talk(where, fields, name)]
+    prompt, _ = parse_answers(where, fields, talks)
+    if not prompt:
+        raise field_error(where, fields, "prompt", "text or messages")
     return {**fields, "prompt": prompt}
 
 
@@ -136,6 +147,14 @@ PARSERS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "pair": parse_pair,
     "prompt": parse_prompt,
 }
+
+
+def check_row(where: str, parsed: dict[str, Any], check: Check) -> None:
+    """`check` of a parsed row; its DataError is given the row's place."""
+    try:
+        check(parsed)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def check_contradiction(where: str, pair: dict[str, Any], preferences: dict[str, tuple[str, str]]) -> None:
@@ -150,133 +169,26 @@ def check_contradiction(where: str, pair: dict[str, Any], preferences: dict[str,
         raise DataError(f"{where}: chosen: contradicts {first}, which prefers the other of the same two texts")
 
 
-# fields
-
-
-def rename_aliases(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields, with `conversations`, `from` and `value` renamed to `messages`, `role` and `content`."""
-    copied = {
-        name: [dict(item) if isinstance(item, dict) else item for item in value] if isinstance(value, list) else value
-        for name, value in fields.items()
-    }
-    return maybe_convert_to_chatml(copied)
-
-
-def parse_string(where: str, fields: dict[str, Any], name: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise field_error(where, fields, name, "text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: {name}: broken encoding (a lone surrogate)") from None
-    return value
-
-
-def parse_text_or_messages(where: str, fields: dict[str, Any], name: str) -> Text:
-    """The field's text or messages; a transcript becomes messages."""
-    if isinstance(fields.get(name), list):
-        return parse_messages(where, fields, name)
-    text = parse_string(where, fields, name)
-    return parse_transcript(where, name, text) if text.lstrip().startswith("Human:") else text
-
-
-def parse_messages(where: str, fields: dict[str, Any], name: str, last: str = "") -> list[Message]:
-    """The field's messages, each with a role of ROLES and text; with `last` also in turn, that role last."""
-    value = fields.get(name)
-    if not isinstance(value, list) or not value:
-        raise field_error(where, fields, name, "a list of messages")
-    messages = []
-    for number, message in enumerate(value, 1):
-        place = f"{name}, message {number}"
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: {place}: expected role and content, got {shorten(message)}")
-        if not isinstance(message.get("role"), str) or message["role"] not in ROLES:
-            raise DataError(
-                f"{where}: {place}: role: expected system, user or assistant, got {shorten(message.get('role'))}"
-            )
-        messages.append(
-            {"role": ROLES[message["role"]], "content": parse_string(f"{where}: {place}", message, "content")}
-        )
-    if last:
-        check_roles(where, name, messages, last)
-    return messages
-
-
-def check_roles(where: str, name: str, messages: list[Message], last: str) -> None:
-    """DataError unless an optional system message is followed by user and assistant in turn, up to the role `last`."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    alternates = all(role == ("user", "assistant")[number % 2] for number, role in enumerate(turns))
-    if not alternates or turns[-1:] != [last]:
+def refuse_label(where: str, fields: dict[str, Any]) -> None:
+    """DataError for a label that says, or may say, that an answer is bad; True says that it is good."""
+    label = fields.get("label")
+    if str(label).lower() in ("false", "0", "1", "0.0", "1.0"):
         raise DataError(
-            f"{where}: {name}: roles are {', '.join(roles[:8])}; expected user and assistant in turn "
-            f"(after an optional system message), {last} last"
+            f"{where}: label: {shorten(label)} may mark an answer as bad (KTO), and no stage trains on labels; keep "
+            "the good answers and leave the column out with --columns label="
         )
 
 
-def parse_prompt_and_answer(where: str, fields: dict[str, Any], name: str) -> tuple[Text, Text]:
-    """The prompt and an answer to it, both text or both messages; text after a transcript is its next message."""
-    prompt = parse_text_or_messages(where, fields, "prompt")
-    answer: Text = (
-        parse_messages(where, fields, name) if isinstance(fields.get(name), list) else parse_string(where, fields, name)
-    )
-    if isinstance(prompt, str) and isinstance(answer, str):
-        return prompt, answer
-    if isinstance(prompt, list) and isinstance(answer, str) and isinstance(fields["prompt"], str):
-        answer = [{"role": "assistant", "content": answer.strip()}]
-    if isinstance(prompt, str) or isinstance(answer, str):
-        raise DataError(f"{where}: {name}: expected the type of prompt, {type_name(prompt)}, got {type_name(answer)}")
-    check_roles(where, "prompt", prompt, last="user")
-    if len(answer) != 1 or answer[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in answer)
-        raise DataError(f"{where}: {name}: expected one assistant message, got {roles}")
-    return prompt, answer
-
-
-def parse_transcript(where: str, name: str, text: str) -> list[Message]:
-    """The messages of a transcript; an empty "Assistant:" at its end is left out."""
-    pieces = TURN.split(text.strip())[1:]
-    turns = [(ROLES[name], content.strip()) for name, content in zip(pieces[::2], pieces[1::2], strict=True)]
-    if turns[-1] == ("assistant", ""):
-        turns.pop()
-    messages = [{"role": role, "content": content} for role, content in turns]
-    for number, message in enumerate(messages, 1):
-        if not message["content"]:
-            raise DataError(f"{where}: {name}: turn {number} of the transcript is empty")
-    check_roles(where, name, messages, messages[-1]["role"])
-    return messages
-
-
-def format_transcript(messages: Iterable[Message]) -> str:
-    """The messages as one text, each after its speaker: `Human: ...`, `Assistant: ...`."""
-    names = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
-    return "\n\n".join(names[message["role"]] + message["content"] for message in messages)
-
-
-def full_text(prompt: Text, completion: Text) -> str:
-    """Prompt and completion as one text."""
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt + completion
-    return format_transcript([*prompt, *completion])
-
-
-def display_text(text: Text) -> str:
-    """A prompt as it is shown to people: the text, or the content of its last message."""
-    return text if isinstance(text, str) else text[-1]["content"]
-
-
-def field_error(where: str, fields: dict[str, Any], name: str, expected: str) -> DataError:
-    if name not in fields:
-        return DataError(
-            f"{where}: {name}: no such field (it has {', '.join(map(str, fields)) or 'none'}); expected {expected}"
+def refuse_other_than_pair(where: str, fields: dict[str, Any]) -> None:
+    """DataError that says what a row is of which a reward model cannot be trained."""
+    if "completion" in fields:
+        raise DataError(
+            f"{where}: chosen: no such field; a reward model compares two answers, and this row has one (as for SFT or "
+            "KTO): write pairs of chosen and rejected"
         )
-    return DataError(f"{where}: {name}: expected {expected}, got {shorten(fields[name])}")
-
-
-def shorten(value: Any) -> str:
-    return "null" if value is None else f"{value!r:.40}"
-
-
-def type_name(text: Text) -> str:
-    return "text" if isinstance(text, str) else "messages"
+    for name in ("completions", "responses", "answers", "generations", "candidates"):
+        if isinstance(fields.get(name), list):
+            raise DataError(
+                f"{where}: {name}: a list of answers is a pair only where there are two, each with response and "
+                "another overall_score; write the pairs that are meant as chosen and rejected"
+            )

@@ -1,21 +1,34 @@
 """The prompts of PPO and evaluation, no longer than a recipe allows."""
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.dials import Sampling
 from pipeline.config.stages import PPO, Evaluate, Reward
-from pipeline.data.formats import Text, read_rows
+from pipeline.data.chat_template import conversation_check
+from pipeline.data.form import check_form
+from pipeline.data.formats import read_rows
+from pipeline.data.messages import Text
 from pipeline.data.sources import DataError
-from pipeline.data.tokenize import ensure_chat_template, prompt_ids
+from pipeline.data.tokenize import prompt_ids
 from pipeline.runtime.console import print_main
 
 
 def read_prompts(
-    source: str, limit: int, tokenizer: PreTrainedTokenizerBase, config: PPO | Reward | Evaluate
+    source: str,
+    limit: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PPO | Reward | Evaluate,
+    forms: Mapping[str, str] | None = None,
 ) -> list[Text]:
-    """The sources' prompts; those longer than max_prompt_tokens treated as `long_prompts` says, and counted."""
-    rows = read_rows(source, "prompt", limit, config.run.bad_rows, config.run.seed)
-    ensure_chat_template(tokenizer, rows)
+    """The sources' prompts; those longer than max_prompt_tokens treated as `long_prompts` says, and counted.
+
+    Their form must be that of all `forms` (`data.form.check_form`).
+    """
+    check = conversation_check(tokenizer)
+    rows = read_rows(source, "prompt", limit, config.run.reading, config.run.seed, check)
+    check_form(rows, source, forms or {})
     return filter_prompts([row["prompt"] for row in rows], tokenizer, config.sampling, source)
 
 

@@ -15,6 +15,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -41,6 +42,15 @@ Row = tuple[str, dict[str, Any]]
 
 class DataError(UserError):
     """A row or a file that cannot be used; the message names file, row and field, what is expected, and a fix."""
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Within it a DataError of rows that were read is given the name of their source."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
 
 
 @dataclass(frozen=True)

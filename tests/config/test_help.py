@@ -60,8 +60,8 @@ def test_all_of_help_is_grouped_by_concern(helped):
     page = helped(PPO, "--help", "all")
     groups = re.findall(r"^([A-Za-z ]+):$", page, re.MULTILINE)
     assert groups == [
-        "file", "usual", "run", "adapter", "sampling", "data", "PPO", "optimiser", "KL and score", "critic",
-        "evaluation and stopping",
+        "file", "usual", "run", "data", "adapter", "sampling", "PPO", "optimiser", "KL and score", "critic",
+        "evaluation and stopping", "tokens",
     ]  # fmt: skip
     assert shown(page.split("\nadapter:\n")[1].split("\nsampling:\n")[0]) == [
         "lora_r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "load_in_4bit",

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.dials import exact
+from pipeline.config.dials import Reading, exact
 from pipeline.config.errors import ConfigError
 from pipeline.config.parse import flat, identity, parse
 from pipeline.config.stages import PPO, SFT, Chat, Evaluate, Merge, Pretrain, Reward
@@ -20,6 +20,10 @@ from pipeline.config.values import dials
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = (Pretrain, SFT, Reward, PPO, Merge, Evaluate, Chat)
 PLACES = {
+    "chat_template",
+    "gradient_checkpointing",
+    "max_bad_rows",
+    "micro_batch",
     "runs",
     "report_to",
     "patience",
@@ -255,6 +259,7 @@ def test_identity_leaves_out_places_and_nothing_else():
     for changed in (
         dataclasses.replace(PPO(), cliprange=0.19),
         dataclasses.replace(PPO(), run=dataclasses.replace(PPO().run, seed=1)),
+        dataclasses.replace(PPO(), run=dataclasses.replace(PPO().run, reading=Reading(columns="prompt=question"))),
         dataclasses.replace(PPO(), sampling=dataclasses.replace(PPO().sampling, temperature=0.9)),
     ):
         assert identity(changed) != identity(PPO())

@@ -11,20 +11,20 @@ from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 from trl.data_utils import apply_chat_template
 
+from pipeline.data.chat_template import TRANSCRIPT_TEMPLATE, chat_segments, ensure_chat_template, join_segments
+from pipeline.data.formats import PARSERS
 from pipeline.data.sources import DataError
 from pipeline.data.tokenize import (
     IGNORE_INDEX,
-    TRANSCRIPT_TEMPLATE,
-    chat_segments,
     completion_rows,
-    ensure_chat_template,
-    join_segments,
     language_rows,
     pad_rows,
     preference_rows,
     prompt_batch,
     prompt_ids,
     show_example,
+    show_prompt,
+    styled_row,
     text_ids,
 )
 from pipeline.data.tokenizer import train_tokenizer
@@ -190,12 +190,17 @@ def test_a_conversations_ids_are_the_same_in_sft_reward_and_ppo(chat):
     assert tokens[1][mask[1]].tolist() == chat("hi")["input_ids"]
 
 
-@pytest.mark.parametrize("every_turn", [False, True])
-def test_loss_lies_on_the_last_answer_or_on_every_one(chat, every_turn):
+@pytest.mark.parametrize(
+    ("every_turn", "trained"),
+    [
+        (False, " no!<eos>"), (True, " yes<eos> no!<eos>"), ([False, True], " no!<eos>"), ([True, False], " yes<eos>"),
+    ],
+)  # fmt: skip
+def test_loss_lies_on_the_last_answer_on_every_one_or_on_those_that_the_row_marks(chat, every_turn, trained):
     row = {"prompt": TALK[:4], "completion": TALK[4:], "every_turn": every_turn}
     [example] = completion_rows(chat, [row], 999, "error")[0]
     learned = [i for i, label in zip(example["input_ids"], example["labels"], strict=True) if label != IGNORE_INDEX]
-    assert chat.decode(learned) == (" yes<eos>" if every_turn else "") + " no!<eos>"
+    assert chat.decode(learned) == trained
     assert all(label in (IGNORE_INDEX, i) for i, label in zip(example["input_ids"], example["labels"], strict=True))
 
 
@@ -282,6 +287,77 @@ def test_text_that_spells_a_special_token_stays_text(words, bpe_chat):
     whole = text_ids(bpe_chat, [prompt], [answer])[0]
     assert [i for i in whole if i in special] == [bpe_chat.bos_token_id, bpe_chat.eos_token_id]
     assert bpe_chat.decode(whole) == f"<bos>Human: {text}\n\nAssistant: {text}<eos>"
+
+
+WORDS = st.lists(
+    st.sampled_from(
+        ["a", " ", "é", "日🙂", "\n\n", "Human:", "Assistant: ", "<eos>", "<bos>", "[[", "\ue0001\ue001", ""]
+    ),
+    max_size=5,
+).map("".join)
+TEXT_ROWS = st.fixed_dictionaries({"prompt": WORDS, "completion": WORDS})
+MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": WORDS}), max_size=3)
+TALK_ROWS = st.builds(
+    lambda system, turns: {
+        "messages": [{"role": "system", "content": text} for text in system]
+        + [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    },
+    st.lists(WORDS, max_size=1),
+    st.lists(st.tuples(WORDS, WORDS), max_size=3),
+)
+PROMPT_ROWS = st.fixed_dictionaries(
+    {
+        "prompt": MESSAGES,
+        "completion": st.lists(st.fixed_dictionaries({"role": st.just("assistant"), "content": WORDS})),
+    }
+)
+
+
+def spelled_row(row):
+    """What SFT should read of a parsed row: each piece of text, and whether it is trained."""
+    if isinstance(row["prompt"], str):
+        return [("<bos>" + row["prompt"], False), (row["completion"] + "<eos>", True)]
+    messages = [*row["prompt"], *row["completion"]]
+    pieces = [("<bos>", False)]
+    for number, message in enumerate(messages):
+        text, is_last = message["content"], number == len(messages) - 1
+        if message["role"] == "assistant":
+            trained = bool(is_last or row.get("every_turn"))
+            pieces += [("Assistant:", False), (f" {text}<eos>", trained), ("" if is_last else "\n\n", False)]
+        else:
+            pieces.append((("Human: " if message["role"] == "user" else "") + text + "\n\n", False))
+    return pieces
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=TEXT_ROWS | TALK_ROWS | PROMPT_ROWS)
+def test_a_row_trains_what_is_shown_of_it_or_is_refused_by_name(fields, bpe_chat):
+    try:
+        row = PARSERS["completion"](("rows.jsonl: row 3", fields))
+    except DataError as error:
+        assert str(error).startswith("rows.jsonl: row 3: ")  # noqa: PT017  # either is right
+        return
+    [example] = completion_rows(bpe_chat, [row], 10**6, "error")[0]
+    tokens, labels = example["input_ids"], example["labels"]
+    pieces = spelled_row(row)
+    assert bpe_chat.decode(tokens) == "".join(text for text, _ in pieces)
+    learned = [token for token, label in zip(tokens, labels, strict=True) if label != IGNORE_INDEX]
+    assert bpe_chat.decode(learned) == "".join(text for text, is_trained in pieces if is_trained)
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(tokens, labels, strict=True))
+    shown = "".join(f"[[{text}]]" if is_trained else text for text, is_trained in pieces)
+    assert styled_row(bpe_chat, tokens, labels).plain == shown
+
+
+def test_a_prompt_is_shown_as_it_is_sent(bpe_chat, capsys):
+    show_prompt(bpe_chat, TALK[:2], 99)
+    show_prompt(bpe_chat, "so what", 3)
+    first, second = capsys.readouterr().out.split("first prompt, as it is sent: ")[1:]
+    assert first == "<bos>be kind\n\nHuman: hi\n\nAssistant:\n"
+    assert second == bpe_chat.decode(bpe_chat("so what")["input_ids"][-3:]) + "\n"
 
 
 @pytest.fixture(scope="module")
