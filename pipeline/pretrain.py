@@ -13,11 +13,13 @@ from trl import SFTConfig
 
 from pipeline.config.dials import Sampling
 from pipeline.config.stages import Pretrain
+from pipeline.data.form import TEXT
 from pipeline.data.formats import iterate_rows, read_rows
 from pipeline.data.sources import hash_sources
 from pipeline.data.tokenize import decode, language_rows, language_stream
-from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-from pipeline.models.loading import load_language_model, new_language_model
+from pipeline.data.tokenizer import hash_template, load_tokenizer, train_tokenizer
+from pipeline.evaluation.side_figures import show, side_figure
+from pipeline.models.loading import check_model, load_language_model, new_language_model
 from pipeline.models.saving import save_policy
 from pipeline.rl.rollout import generate
 from pipeline.runtime.console import print_main, silence_libraries
@@ -30,27 +32,31 @@ from pipeline.training.validation import validation_loss
 ENOUGH_TOKENS_PER_PARAMETER = 5
 TOKENIZER_ROWS = 100_000  # texts that a tokenizer is trained on at most
 TEMPERATURES = (0.5, 0.8, 1.0)
+VALIDATED = ("validation_loss", "perplexity", "bits_per_byte", "validation_tokens")
 
 
 def train(config: Pretrain) -> Path:
     """Trains a language model with its tokenizer and returns its `final` directory, which `from_pretrained` loads."""
     silence_libraries()
     config.optim.accumulation(processes().num_processes)  # a batch that does not divide is refused before any work
-    stage = StageRun("pretrain", config, {}, hash_sources([config.train_file, config.validation_file]))
+    data = hash_sources([config.train_file, config.validation_file]) + hash_template(config.tokens)
+    stage = StageRun("pretrain", config, {}, data)
     if stage.is_finished():
         return stage.final
     with stage:
+        stage.form = TEXT
         set_seed(config.run.seed)
         texts = partial(training_texts, config) if config.stream else list(training_texts(config))
         held_out = [
-            row["text"]
-            for row in read_rows(config.validation_file, "text", config.validation_rows, config.run.bad_rows)
+            row["text"] for row in read_rows(config.validation_file, "text", config.validation_rows, config.run.reading)
         ]
         tokenizer = make_tokenizer(config, texts() if callable(texts) else texts)
         rows = (
             language_stream(tokenizer, texts, config.run.seed) if callable(texts) else language_rows(tokenizer, texts)
         )
+        pieces = validation_pieces(tokenizer, held_out, config)
         model = load_language_model(config.init) if config.init else new_language_model(config, tokenizer)
+        check_model(model, tokenizer, config.context, config.init or "the new model", "the dial context is", "it")
         trainer = NextTokenTrainer(
             label_smoothing=0.0,
             model=model,
@@ -64,30 +70,34 @@ def train(config: Pretrain) -> Path:
             train_dataset=rows,
             processing_class=tokenizer,
         )
-        metrics = token_budget(model, trainer.train_dataset, config)
+        metrics: dict[str, float | None] = {**token_budget(model, trainer.train_dataset, config)}
         model = run_training(trainer, model, stage)
-        metrics |= validation_metrics(model, tokenizer, held_out, config)
+        stage.write(partial(save_policy, model, tokenizer))
+        size = sum(len(text.encode()) for text in held_out)
+        found = side_figure("pretrain: validation loss", validation_metrics, model, tokenizer, pieces, size, config)
+        metrics |= found or dict.fromkeys(VALIDATED)
         print_main(
-            f"pretrain: validation loss {metrics['validation_loss']:.3f} nats/token, perplexity "
-            f"{metrics['perplexity']:.1f}, {metrics['bits_per_byte']:.3f} bits per byte"
+            f"pretrain: validation loss {show(metrics['validation_loss'], '.3f')} nats/token, perplexity "
+            f"{show(metrics['perplexity'], '.1f')}, {show(metrics['bits_per_byte'], '.3f')} bits per byte"
         )
-        stage.log_samples(sample_texts(model, tokenizer, config.sample_tokens))
-        return stage.finish(partial(save_policy, model, tokenizer), metrics)
+        tokens = min(config.sample_tokens, config.context - 1)  # after the token that an empty prompt is
+        stage.log_samples(side_figure("pretrain: samples", sample_texts, model, tokenizer, tokens) or [])
+        return stage.complete(metrics)
 
 
 def training_texts(config: Pretrain) -> Iterator[str]:
     """The training rows' texts, read one by one."""
     run = config.run
-    return (row["text"] for row in iterate_rows(config.train_file, "text", config.train_rows, run.bad_rows, run.seed))
+    return (row["text"] for row in iterate_rows(config.train_file, "text", config.train_rows, run.reading, run.seed))
 
 
 def make_tokenizer(config: Pretrain, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """The tokenizer that the dials ask for: of `init`, trained on texts, or an existing one."""
     if config.init:
-        return load_tokenizer(config.init)
+        return load_tokenizer(config.init, config.tokens)
     if config.tokenizer in ("bpe", "char", "word"):
         return train_tokenizer(config.tokenizer, islice(texts, TOKENIZER_ROWS), config.vocab_size)
-    return load_tokenizer(config.tokenizer)
+    return load_tokenizer(config.tokenizer, config.tokens)
 
 
 def token_budget(model: PreTrainedModel, rows: Dataset | IterableDataset, config: Pretrain) -> dict[str, float]:
@@ -108,10 +118,8 @@ def token_budget(model: PreTrainedModel, rows: Dataset | IterableDataset, config
     return {"parameters": parameters, "tokens": tokens, "tokens_per_parameter": ratio}
 
 
-def validation_metrics(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: Pretrain
-) -> dict[str, float]:
-    """Validation loss (nats per token), perplexity, and bits per byte of UTF-8, which compares across tokenizers."""
+def validation_pieces(tokenizer: PreTrainedTokenizerBase, texts: list[str], config: Pretrain) -> Dataset:
+    """The ids of held-out texts in pieces no longer than the context."""
     rows = language_rows(tokenizer, texts)
     pieces = [
         {"input_ids": ids[start : start + config.context]}
@@ -120,16 +128,20 @@ def validation_metrics(
             0, len(ids) - 1, config.context - 1
         )  # each piece opens with the last token of the one before
     ]
-    loss, tokens = validation_loss(
-        model, tokenizer, Dataset.from_list(pieces), config.optim.micro_batch, config.run.precision
-    )
-    size = sum(len(text.encode()) for text in texts)
-    return {
-        "validation_loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss * tokens / math.log(2) / size,
-        "validation_tokens": tokens,
-    }
+    return Dataset.from_list(pieces)
+
+
+def validation_metrics(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces: Dataset, size: int, config: Pretrain
+) -> dict[str, float | None]:
+    """Validation loss (nats per token), perplexity, and bits per byte of UTF-8, which compares across tokenizers.
+
+    `size` is that of the pieces' texts, in bytes.
+    """
+    loss, tokens = validation_loss(model, tokenizer, pieces, config.optim.micro_batch, config.run.precision)
+    perplexity = side_figure("pretrain: perplexity", math.exp, loss)
+    figures = (loss, perplexity, loss * tokens / math.log(2) / size, tokens)
+    return dict(zip(VALIDATED, figures, strict=True))
 
 
 def sample_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[dict[str, object]]:

@@ -9,18 +9,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: Mapping[str, tuple[str, ...]] = {
-    "config": ("errors names", "dials", "commands stages", "values", "help", "parse"),
+    "config": ("errors names", "columns", "dials", "commands stages", "values", "help", "parse"),
     "core": ("tensors losses", "advantages"),
     "runtime": (
-        "hashing internals process",
-        "console precision watchdog",
-        "launch tracking progress finished",
-        "checkpoints provenance",
+        "hashing internals limits process",
+        "console precision finite interrupts whole",
+        "launch tracking progress finished logs watchdog",
+        "checkpoints provenance lock",
         "stage_run",
     ),
-    "data": ("near_duplicates imdb_texts", "imdb_rows", "imdb sources tokenizer", "formats", "tokenize", "prompts"),
-    "evaluation": ("statistics", "text report", "judges"),
-    "models": ("multi_adapter sharding", "loading", "saving", "forward", "heads", "actor_critic"),
+    "data": (
+        "near_duplicates imdb_texts",
+        "imdb_rows",
+        "imdb sources tokenizer",
+        "messages bad_rows",
+        "transcripts",
+        "answers columns",
+        "formats",
+        "chat_template form",
+        "tokenize",
+        "prompts",
+    ),
+    "evaluation": ("statistics side_figures", "text report", "judges"),
+    "models": ("multi_adapter sharding", "fresh_adapter", "loading", "saving", "forward", "heads", "actor_critic"),
     "rl": ("rollout rewards", "experience", "update", "setup", "monitor", "progress"),
     "training": ("batches callbacks validation", "trainer"),
     "adapters": (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,28 +14,47 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupShuffleSplit
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from pipeline.config.errors import UserError
+from pipeline.config.dials import Reading
 from pipeline.data.formats import read_rows
+from pipeline.data.sources import DataError
 from pipeline.evaluation.statistics import Array, Estimate, pair_accuracy, share_ci, to_paired_vectors, to_vector
 from pipeline.evaluation.text import to_text_list, word_counts, words
 
 Judge = Callable[[Sequence[str]], Array]
 """One number for each text."""
 
+READING = Reading()  # stops at a bad row
 LABELS = {"negative": 0, "positive": 1}
 HOLDOUT = 0.1  # share of a classifier's texts that it is tested on and never fitted to
 INVERSE_PENALTY = 3.0  # C of the logistic regression
+LEAST_TEXTS = 3  # that a word or a pair of words stands in, to be counted (min_df)
 PAIR_ALPHA = 3.0  # ridge penalty of the pair baseline
 
 
-def fit_judge(file: str, seed: int) -> Classifier:
-    """P(positive) of a text, by a classifier fitted to human labels that no stage has seen."""
-    rows = read_rows(file, "text")
-    groups = [row["key"] for row in rows] if all("key" in row for row in rows) else None
-    for row in rows:
-        if row.get("label") not in LABELS:
-            raise UserError(f"{file}: label: expected {' or '.join(LABELS)}, got {row.get('label')!r:.40}")
-    return fit_classifier([row["text"] for row in rows], [LABELS[row["label"]] for row in rows], seed, groups)
+def fit_judge(file: str, seed: int, reading: Reading = READING) -> Classifier:
+    """P(positive) of a text, by a classifier fitted to human labels that no stage has seen.
+
+    Texts with one `key` are of one document (`fit_classifier`'s group); a text without is one by itself. DataError for
+    a row without a label, and for labels to which nothing can be fitted. `reading` says what becomes of bad rows; its
+    columns are those of other files.
+    """
+    rows = read_rows(file, "text", reading=replace(reading, columns=""), check=check_label)
+    texts, labels = [row["text"] for row in rows], [LABELS[row["label"].lower()] for row in rows]
+    groups = [row["text"] if row.get("key") is None else str(row["key"]) for row in rows]
+    try:
+        return fit_classifier(texts, labels, seed, groups)
+    except ValueError as error:
+        raise DataError(
+            f"{file}: no judge can be fitted to its {len(rows):,} texts ({str(error).rstrip('.')}): give more labelled "
+            "texts of both kinds, or no judge_file"
+        ) from None
+
+
+def check_label(row: Mapping[str, Any]) -> None:
+    """DataError unless the row has one of LABELS."""
+    label = row.get("label")
+    if not isinstance(label, str) or label.lower() not in LABELS:
+        raise DataError(f"label: expected {' or '.join(LABELS)}, got {label!r:.40}; write one of the two words")
 
 
 # ---------------------------------------------------------------------------------------------- judges
@@ -92,9 +112,9 @@ def fit_classifier(
     )
     if len(set(y[fitted].tolist())) < 2:
         raise ValueError("the texts left to fit have only one label")
-    vectorizer = _vectorizer()
+    vectorizer, tfidf = _fit_tfidf([texts[i] for i in fitted])
     model = LogisticRegression(C=INVERSE_PENALTY, solver="liblinear", random_state=seed)
-    model.fit(vectorizer.fit_transform([texts[i] for i in fitted]), y[fitted])
+    model.fit(tfidf, y[fitted])
     positive = _positive(model, vectorizer.transform([texts[i] for i in held]))
     return Classifier(vectorizer, model, share_ci(pair_accuracy((positive - 0.5) * np.where(y[held] == 1, 1, -1))))
 
@@ -127,8 +147,7 @@ def linear_pair_baseline(
     if not len(train_chosen) == len(train_rejected) == len(target):
         raise ValueError("training needs one chosen text, one rejected text and one margin per pair")
     rows = {text: i for i, text in enumerate(dict.fromkeys(train_chosen + train_rejected))}
-    vectorizer = _vectorizer()
-    tfidf = vectorizer.fit_transform(list(rows))
+    vectorizer, tfidf = _fit_tfidf(list(rows))
     train = tfidf[[rows[text] for text in train_chosen]] - tfidf[[rows[text] for text in train_rejected]]
 
     def differences(chosen: Sequence[str], rejected: Sequence[str]) -> csr_matrix:  # (n, features)
@@ -140,8 +159,15 @@ def linear_pair_baseline(
     return pair_accuracy(ridge.predict(differences(test_chosen, test_rejected)))
 
 
-def _vectorizer() -> TfidfVectorizer:
-    return TfidfVectorizer(tokenizer=words, token_pattern=None, ngram_range=(1, 2), sublinear_tf=True, min_df=3)
+def _fit_tfidf(texts: Sequence[str]) -> tuple[TfidfVectorizer, csr_matrix]:
+    """TF-IDF of word 1-2-grams (sublinear tf) fitted to texts, and theirs; ValueError if no word is in LEAST_TEXTS."""
+    vectorizer = TfidfVectorizer(
+        tokenizer=words, token_pattern=None, ngram_range=(1, 2), sublinear_tf=True, min_df=LEAST_TEXTS
+    )
+    try:
+        return vectorizer, vectorizer.fit_transform(texts)
+    except ValueError:
+        raise ValueError(f"no word is in {LEAST_TEXTS} of the {len(texts):,} texts") from None
 
 
 def _positive(model: LogisticRegression, features: csr_matrix) -> Array:

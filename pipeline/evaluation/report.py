@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.table import Table
 
+from pipeline.evaluation.side_figures import NOT_MEASURED, show
 from pipeline.evaluation.statistics import Estimate
 from pipeline.runtime.console import console, print_main
 from pipeline.runtime.process import is_main
 
 HEADER = ("measure", "base", "SFT", "PPO", "PPO - SFT [95 % CI]")
+VADER_KNOWS_NO_WORD = "VADER's list of English words has none of the responses'"
 TITLES = {"score": "reward", "vader": "judge 1: VADER compound", "classifier": "judge 2: P(positive)"}
 
 
@@ -19,15 +21,16 @@ def format_bounds(low: float | None, high: float | None) -> str:
     return f"at most {high:g}" if low is None else f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
 
 
-def format_interval(estimate: dict[str, float]) -> str:
-    return f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
+def format_interval(estimate: dict[str, float] | None) -> str:
+    return (
+        NOT_MEASURED
+        if estimate is None
+        else f"{estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
+    )
 
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The comparison as rows of text: measure, base, SFT, PPO, PPO - SFT with its 95 % interval."""
-
-    def number(estimate: dict[str, float], form: str) -> str:
-        return format(estimate["value"], form)
 
     def difference(name: str) -> str:
         return format_interval(report["ppo_against_sft"][name]["difference"])
@@ -35,7 +38,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     policies = [report["policies"][name] for name in ("base", "sft", "ppo")]
     titles = {name: title for name, title in TITLES.items() if name in report["ppo_against_sft"]}
     rows = [
-        (title, *(number(p[name], "+.3f" if name != "classifier" else ".3f") for p in policies), difference(name))
+        (title, *(show(p[name], "+.3f" if name != "classifier" else ".3f") for p in policies), difference(name))
         for name, title in titles.items()
     ]
     for name, title in titles.items():
@@ -45,15 +48,15 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"PPO beats SFT by {title.split(':')[0]}",
                 "",
                 "",
-                f"{rate['value']:.3f}",
-                f"[{rate['low']:.3f}, {rate['high']:.3f}]",
+                show(rate, ".3f"),
+                "" if rate is None else f"[{rate['low']:.3f}, {rate['high']:.3f}]",
             )
         )
     rows += [
-        ("KL to SFT, nats per response", *(number(p["kl"], ".2f") for p in policies), ""),
-        ("length, tokens", *(number(p["length"], ".1f") for p in policies), ""),
-        ("ended by EOS", *(number(p["eos_share"], ".3f") for p in policies), ""),
-        ("perplexity under base", *(f"{p['perplexity_under_base']:.1f}" for p in policies), ""),
+        ("KL to SFT, nats per response", *(show(p["kl"], ".2f") for p in policies), ""),
+        ("length, tokens", *(show(p["length"], ".1f") for p in policies), ""),
+        ("ended by EOS", *(show(p["eos_share"], ".3f") for p in policies), ""),
+        ("perplexity under base", *(show(p["perplexity_under_base"], ".1f") for p in policies), ""),
     ]
     texts = [p["text"] for p in policies]
     names = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "distinct_4": "distinct-4"}
@@ -73,13 +76,13 @@ def print_report(report: dict[str, Any], final: Path, merged: Path) -> None:
         table.add_row(*row)
     console.print(table)
     for row in report["health"]:
-        print_main(f"{'ok  ' if row['healthy'] else 'FAIL'} {row['name']}: {row['value']:.3g}")
+        print_main(f"{'ok  ' if row['healthy'] else 'FAIL'} {row['name']}: {show(row['value'], '.3g')}")
     print_main(f"merged model     {merged}\nevaluation page  {final / 'evaluation.md'}")
 
 
 def write_report(report: dict[str, Any], samples: Sequence[dict[str, Any]], folder: Path) -> None:
     """Writes evaluation.json and evaluation.md."""
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "evaluation.md").write_text(markdown_page(report, samples), encoding="utf-8")
 
 
@@ -88,8 +91,9 @@ def describe_judges(report: dict[str, Any]) -> str:
     if report["judge_accuracy"] is None:
         return "No judge but the reward, which was trained on: a higher one alone does not show better answers."
     accuracy = Estimate(**report["judge_accuracy"])
+    vader = "VADER's rule" if "vader" in report["ppo_against_sft"] else f"{NOT_MEASURED}: {VADER_KNOWS_NO_WORD}"
     return (
-        "Judge 1 is VADER's rule; judge 2 is a bag-of-words classifier fitted to human labels that no training "
+        f"Judge 1 is {vader}; judge 2 is a bag-of-words classifier fitted to human labels that no training "
         "stage saw (its accuracy on labels held out from it in turn: "
         f"{accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]). Both read the response alone."
     )
@@ -119,7 +123,7 @@ def markdown_page(report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> 
             [
                 (
                     row["name"],
-                    f"{row['value']:.3g}",
+                    show(row["value"], ".3g"),
                     format_bounds(row["low"], row["high"]),
                     "ok" if row["healthy"] else "**outside**",
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import exp, isfinite, sqrt
 
 import numpy as np
 import scipy.stats
@@ -96,6 +96,22 @@ def length_controlled_difference(
     line = scipy.stats.linregress(excess, difference)
     value, half = float(line.intercept), _t_quantile(confidence, len(excess) - 2) * float(line.intercept_stderr)
     return Estimate(value, value - half, value + half, len(excess))
+
+
+def perplexity(nll: float, tokens: float) -> float:
+    """exp(nll / tokens), nll in nats over that many tokens; OverflowError where it is beyond the largest float, and
+    ValueError where nll is not finite."""
+    if not isfinite(nll):
+        raise ValueError(f"the negative log-likelihood is {nll}")
+    return exp(nll / max(1, tokens))
+
+
+def correlation(a: ArrayLike, b: ArrayLike) -> float:
+    """Pearson's correlation of a and b (n,); ValueError where one of them is the same everywhere and has none."""
+    a, b = to_paired_vectors(a, b)
+    if (a == a[0]).all() or (b == b[0]).all():
+        raise ValueError("one of the two is the same everywhere, so there is no correlation")
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 # ---------------------------------------------------------------------------------------------- pairs

@@ -1,6 +1,7 @@
 """The page's figures from hand-made responses: numpy and scipy say what each must be."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import pytest
 import seeds
 from scipy import stats
 
-from pipeline.evaluate import PolicyResponses, compare, headline, health
+from pipeline.evaluate import PolicyResponses, compare, headline, health, without_silent_vader
 from pipeline.evaluation.report import HEADER, markdown_page, markdown_table, table_rows, write_report
 from pipeline.evaluation.statistics import share_ci
 
@@ -82,27 +83,26 @@ BEFORE = {
         "word_repetition": 0.1,
         "distinct_4": 0.9,
         "duplicate_share": 0.0,
-        "commonest_content_words": [("a", 0.3)],
     },
     "perplexity_under_base": 20.0,
     "kl": {"value": 0.0},
 }
 
 
-def after(**changes: float):
-    """Figures of a policy in perfect health but for the given ones."""
+def health_of(**changes: float):
+    """The health of a policy whose figures are perfect but for the given ones."""
     figures = {"kl": 4.0, "repetition": 0.1, "share": 0.1, "distinct": 0.9, "duplicates": 0.0, "perplexity": 20.0}
     figures |= changes
-    return {
+    after = {
         "text": {
             "word_repetition": figures["repetition"],
             "distinct_4": figures["distinct"],
             "duplicate_share": figures["duplicates"],
-            "commonest_content_words": [("wonderful", figures["share"]), ("film", 0.9)],
         },
         "perplexity_under_base": figures["perplexity"],
         "kl": {"value": figures["kl"]},
     }
+    return health(BEFORE, after, ("wonderful", figures["share"]))
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,15 @@ def after(**changes: float):
 )
 def test_health_has_bounds_on_both_sides(figure, inside, outside, row):
     for value in inside:
-        assert all(line["healthy"] for line in health(BEFORE, after(**{figure: value})))
+        assert all(line["healthy"] for line in health_of(**{figure: value}))
     for value in outside:
-        lines = health(BEFORE, after(**{figure: value}))
+        lines = health_of(**{figure: value})
         assert [i for i, line in enumerate(lines) if not line["healthy"]] == [row]
 
 
 @pytest.mark.parametrize("figure", ["kl", "repetition", "share", "distinct", "duplicates", "perplexity"])
 def test_what_is_not_a_number_is_not_healthy(figure):
-    assert sum(not line["healthy"] for line in health(BEFORE, after(**{figure: math.nan}))) == 1
+    assert sum(not line["healthy"] for line in health_of(**{figure: math.nan})) == 1
 
 
 def test_the_headline_repeats_the_report(measured, report):
@@ -254,3 +254,59 @@ def test_the_page_over_seeds_has_every_seed_policy_and_interval(report):
         assert text.count(line) == 2
     outside = sum(not row["healthy"] for row in report["health"])
     assert text.count("**outside**") == 6 * outside
+
+
+def test_what_cannot_be_measured_is_said_so_on_the_page(capsys, tmp_path):
+    """One prompt has no interval, a length no spread, and a text without a probability no perplexity."""
+    one = {
+        name: PolicyResponses(
+            texts=["好" * 9], score=np.ones(1), kl=np.zeros(1), length=np.ones(1), has_eos=np.ones(1, bool),
+            base_nll=np.full(1, nll), classifier=np.ones(1),
+        )
+        for name, nll in (("base", 1.0), ("sft", 1e5), ("ppo", math.inf))
+    }  # fmt: skip
+    report = compare(one, ["说"], Judge())
+    write_report(report, [], tmp_path)  # which is valid JSON
+    rows = {row[0]: row[1:] for row in table_rows(report)}
+    assert rows["perplexity under base"] == ("2.7", "not measured", "not measured", "")
+    assert rows["reward"] == ("not measured",) * 4
+    assert rows["ended by EOS"][:3] == ("1.000",) * 3
+    assert headline(report) == {
+        "base_score": None, "sft_score": None, "ppo_score": None, "score_difference": None, "kl": None, "healthy": 0.0,
+        "base_classifier": None, "sft_classifier": None, "ppo_classifier": None, "classifier_difference": None,
+    }  # fmt: skip
+    page = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert "| perplexity under the base, over SFT's | not measured | 0.7 to 1.3 | **outside** |" in page
+    assert "| score | not measured |" in page
+    assert "Judge 1 is not measured: VADER's list of English words has none of the responses'" in page
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "evaluate: ppo: perplexity under the base: not measured: the negative log-likelihood is inf" in printed
+    assert "evaluate: score, difference: not measured: an interval for a mean needs at least 2 observations" in printed
+
+
+@pytest.mark.parametrize(
+    "words", ["the film was superb", "это было прекрасно", "这部电影很好看", "정말 훌륭한 영화", "ดีมากเลย"]
+)
+def test_one_word_everywhere_is_seen_in_any_script(words, measured):
+    """SFT writes sentences that differ; of PPO each response is the last word of one, again and again."""
+    sft = dataclasses.replace(measured["sft"], texts=[f"{words} {name} {i}" for i, name in enumerate(SUBJECTS * 3)])
+    space, word = " " * (" " in words), words.rpartition(" ")[2]
+    ppo = dataclasses.replace(sft, texts=[space.join([word] * 6) + f" {i}" for i in range(N)])
+
+    def signs(policy: PolicyResponses) -> list[bool]:
+        rows = compare({"base": sft, "sft": sft, "ppo": policy}, PROMPTS, Judge())["health"]
+        return [row["healthy"] for row in rows if row["name"].startswith(("word repetition", "share of responses"))]
+
+    assert signs(sft) == [True, True]
+    assert not all(signs(ppo))
+
+
+def test_vader_is_heard_where_it_knows_a_word_and_else_left_out(measured, capsys):
+    silent = {name: dataclasses.replace(policy, vader=np.zeros(N)) for name, policy in measured.items()}
+    assert all(policy.vader is None for policy in without_silent_vader(silent).values())
+    assert "judge 1: not measured: VADER's list of English words" in " ".join(capsys.readouterr().out.split())
+    one = silent | {"sft": measured["sft"]}
+    assert without_silent_vader(one) == one
+    none = {name: dataclasses.replace(policy, vader=None) for name, policy in measured.items()}
+    assert without_silent_vader(none) == none
+    assert capsys.readouterr().out == ""

@@ -13,12 +13,13 @@ from pipeline import chat, evaluate, merge, ppo, pretrain, reward, sft
 from pipeline.config.dials import Sampling
 from pipeline.config.parse import flat, parse
 from pipeline.config.stages import PPO, SFT, Chat, Evaluate, Merge, Pretrain, Reward
+from pipeline.data.chat_template import TRANSCRIPT_TEMPLATE
 from pipeline.data.sources import DataError
-from pipeline.data.tokenize import TRANSCRIPT_TEMPLATE, decode, prompt_ids
+from pipeline.data.tokenize import decode, prompt_ids
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.loading import load_language_model
 from pipeline.rl.rollout import generate
-from pipeline.runtime.finished import read_done
+from pipeline.runtime.finished import read_done, recorded_form
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 THINGS = ("cat", "dog", "sea", "hat", "tea", "cake", "mat", "sun")
@@ -50,7 +51,7 @@ def runs(tmp_path_factory, printed) -> Path:
     """Every stage of the recipe, one after the other, on transcripts."""
     folder = tmp_path_factory.mktemp("own")
     files = {}
-    for name, numbers in {"train": range(5), "validation": range(5, 7), "test": range(7, 9)}.items():
+    for name, numbers in {"train": range(5), "validation": range(5, 7), "test": range(7, 10)}.items():
         files[name] = str(folder / f"{name}.jsonl")
         rows = [pair(thing, number) for number in numbers for thing in THINGS]
         Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -88,14 +89,63 @@ def test_the_template_is_given_once_and_the_first_row_shown_with_its_loss(runs, 
     assert "a cat.[[<eos>]]" in " ".join(printed["reward"].split())
 
 
-def test_rows_of_text_are_validated_on_conversations(runs, tmp_path):
-    """The template is there for whoever needs it, training rows or validation rows."""
-    (tmp_path / "text.jsonl").write_text('{"prompt": "Is it?", "completion": " Yes."}\n' * 20)
-    (tmp_path / "talk.jsonl").write_text(json.dumps(pair("cat", 1)) + "\n")
-    argv = ["--config", str(ROOT / "configs/own/sft.yaml"), "--runs", str(tmp_path), "--report_to", "none"]
-    argv += ["--base", str(runs / "own/pretrain/final"), "--precision", "fp32", *SMALL["sft"].split()]
-    argv += ["--train_file", f"{tmp_path}/text.jsonl", "--validation_file", f"{tmp_path}/talk.jsonl"]
-    assert AutoTokenizer.from_pretrained(sft.train(parse(SFT, argv))).chat_template == TRANSCRIPT_TEMPLATE
+def test_each_final_records_its_form_and_ppo_shows_what_it_sends(runs, printed):
+    forms = {stage: recorded_form(runs / "own" / stage / "final") for stage in ("pretrain", "sft", "reward", "ppo")}
+    assert forms == {"pretrain": "text", "sft": "conversation", "reward": "conversation", "ppo": "conversation"}
+    assert recorded_form(runs / "own/merge/final") == "conversation"
+    sent = "first prompt, as it is sent: <bos>Human: Is 0 a cat? Assistant: Who asks?<eos> Human: I do. Assistant:"
+    assert sent in " ".join(printed["ppo"].split())
+    assert "as it is sent: <bos>Human: Is 7 a cat?" in " ".join(printed["evaluate"].split())
+
+
+def test_each_figure_is_of_the_file_that_its_dial_names(runs):
+    """There are 40 rows to train on, 16 to validate on and 24 to test on."""
+    own = runs / "own"
+    metrics = {stage: read_done(own / stage / "final")["metrics"] for stage in ("sft", "reward")}
+    tokenizer = load_tokenizer(own / "sft/final")
+    answers = [len(tokenizer(f" Yes, a {thing}.", add_special_tokens=False)["input_ids"]) + 1 for thing in THINGS]
+    assert (metrics["sft"]["rows"], metrics["sft"]["validation_tokens"]) == (40, 2 * sum(answers))
+    measured = [metrics["reward"][name]["accuracy"]["n"] for name in ("validation", "test")]
+    assert (metrics["reward"]["pairs"], measured) == (40, [16, 24])
+
+
+@pytest.fixture
+def texts_file(tmp_path):
+    """Rows of text, for every stage."""
+    row = {"prompt": "Is it?", "completion": " Yes.", "chosen": " Yes.", "rejected": " No."}
+    (tmp_path / "text.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    return f"{tmp_path}/text.jsonl"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "evaluate"])
+def test_text_after_conversations_is_refused_before_anything_is_trained(stage, runs, texts_file, tmp_path):
+    """The policy was trained on conversations; of SFT it is the validation rows that have the other form."""
+    kind, train = {
+        "sft": (SFT, sft.train), "reward": (Reward, reward.train), "ppo": (PPO, ppo.train),
+        "evaluate": (Evaluate, evaluate.train),
+    }[stage]  # fmt: skip
+    argv = ["--config", str(ROOT / f"configs/own/{stage}.yaml"), "--runs", str(tmp_path), "--report_to", "none"]
+    argv += ["--precision", "fp32", *SMALL[stage].split()]
+    defaults = flat(kind())
+    parents = {"base": "pretrain", "sft": "sft", "reward": "reward", "policy": "merge"}
+    argv += [f"--{name}={runs}/own/{parent}/final" for name, parent in parents.items() if name in defaults]
+    files = {"train_file", "validation_file", "test_file", "prompts_file"} & defaults.keys()
+    argv += [f"--{name}={texts_file}" for name in files]
+    if stage == "sft":
+        (tmp_path / "talk.jsonl").write_text(json.dumps(pair("cat", 1)) + "\n")
+        argv.append(f"--validation_file={tmp_path}/talk.jsonl")
+    if stage in ("reward", "ppo", "evaluate"):
+        argv += SAMPLING.split()
+    expected = (
+        r"talk\.jsonl: the form of its rows is conversation, that of .*text\.jsonl is text: write its prompts as text"
+    )
+    if stage != "sft":
+        expected = (
+            r"text\.jsonl: the form of its rows is text, that of sft \(.*\) is conversation: write its prompts as m"
+        )
+    with pytest.raises(DataError, match=expected):
+        train(parse(kind, argv))
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_the_merged_model_answers_through_its_template(runs):
@@ -159,11 +209,11 @@ def test_chat_streams_remembers_and_compares(talked, runs, capsys, monkeypatch):
         assert seen[place::3] == [*turns, turns[0]]  # after /new the first turn again
 
 
-def test_without_a_template_chat_goes_on_with_the_text(saved, tokenizer, capsys):
+def test_in_the_form_of_text_chat_goes_on_with_the_text(saved, tokenizer, capsys):
     models = {"sft": load_language_model(saved["llama"]).eval()}
-    first = chat.answer("the cat", {}, models, tokenizer, Sampling(max_new_tokens=5), 1)
+    first = chat.answer("the cat", {}, models, tokenizer, "text", Sampling(max_new_tokens=5), 1)
     assert first["sft"].startswith("the cat")
-    second = chat.answer(" sat", first, models, tokenizer, Sampling(max_new_tokens=5), 1)
+    second = chat.answer(" sat", first, models, tokenizer, "text", Sampling(max_new_tokens=5), 1)
     assert second["sft"].startswith(first["sft"] + " sat")
     assert squeezed(second["sft"].removeprefix(first["sft"])) in squeezed(capsys.readouterr().out)
 

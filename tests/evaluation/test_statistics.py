@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from math import sqrt
+from math import exp, inf, nan, sqrt
 
 import numpy as np
 import pytest
@@ -11,10 +11,12 @@ import scipy.stats
 from pipeline.evaluation.statistics import (
     Estimate,
     accuracy_by_bucket,
+    correlation,
     length_controlled_difference,
     mean_ci,
     pair_accuracy,
     paired_difference_ci,
+    perplexity,
     share_ci,
     win_rate_ci,
 )
@@ -169,3 +171,21 @@ def test_buckets_are_half_open_and_count_every_pair_once() -> None:
 def test_empty_unequal_or_meaningless_input_is_refused(call: Callable[[], object], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         call()
+
+
+def test_correlation_is_scipys_and_a_constant_has_none() -> None:
+    a, b = np.random.default_rng(30).normal(size=(2, 40))
+    assert correlation(a, a + b) == pytest.approx(scipy.stats.pearsonr(a, a + b).statistic)
+    for pair in ((a, np.full(40, 0.1)), (np.full(40, 0.1), b)):
+        with pytest.raises(ValueError, match="the same everywhere"):
+            correlation(*pair)
+
+
+def test_perplexity_is_of_a_token_and_has_an_end() -> None:
+    assert perplexity(6.0, 3) == pytest.approx(exp(2))
+    assert perplexity(0.0, 0) == 1.0
+    with pytest.raises(OverflowError):
+        perplexity(1e4, 2)
+    for nll in (nan, inf):
+        with pytest.raises(ValueError, match=f"is {nll}"):
+            perplexity(nll, 2)

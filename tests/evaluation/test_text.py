@@ -94,9 +94,7 @@ def test_commonest_content_words_by_hand() -> None:
 
 def test_content_words_of_other_scripts() -> None:
     assert commonest_content_words(["это да, «ёлка»"], [""], 9) == [("это", 1.0), ("ёлка", 1.0)]
-    assert commonest_content_words(["영화 나"], [""], 9) == [
-        ("영화", 1.0)
-    ]  # five letters; "나" has two
+    assert commonest_content_words(["영화 나"], [""], 9) == [("영화", 1.0)]  # five letters; "나" has two
     pairs = commonest_content_words(["很好看，好", "很好 film"], ["", "看"], 9)
     assert pairs == [("很好", 1.0), ("film", 0.5), ("好", 0.5), ("好看", 0.5)]
 
