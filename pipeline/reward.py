@@ -18,11 +18,12 @@ from trl import RewardConfig
 
 from pipeline.config.stages import Reward
 from pipeline.data.chat_template import conversation_check
+from pipeline.data.files import DataError
 from pipeline.data.form import check_form, forms_of
 from pipeline.data.formats import read_rows
 from pipeline.data.messages import Text, full_text
 from pipeline.data.prompts import read_prompts
-from pipeline.data.sources import DataError, hash_sources, naming
+from pipeline.data.sources import hash_sources, naming
 from pipeline.data.tokenize import (
     IGNORE_INDEX,
     length_batches,

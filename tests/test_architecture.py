@@ -21,7 +21,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "data": (
         "near_duplicates imdb_texts",
         "imdb_rows",
-        "imdb sources tokenizer",
+        "imdb files tokenizer",
+        "sources",
         "messages bad_rows",
         "transcripts",
         "answers columns",

@@ -13,7 +13,7 @@ from pipeline.data.messages import (
     parse_weights,
     type_name,
 )
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.data.transcripts import AFTER_BLANK_LINE, as_turn, is_talk, opens_transcript, parse_text_or_messages
 
 SURE = 10  # characters of a prompt that no answer begins with by chance

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.runtime.console import print_main
 
 FIRST_LOOK = 1_000  # rows after which the share is looked at while reading: a stream may not end

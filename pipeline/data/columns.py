@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipeline.data.messages import decode_messages, is_given, shorten, unread
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.data.transcripts import as_turn, is_talk
 
 QUESTIONS = ("instruction", "question", "query")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 
 Message = dict[str, str]
 Text = str | list[Message]

@@ -10,7 +10,7 @@ from pipeline.data.chat_template import conversation_check
 from pipeline.data.form import check_form
 from pipeline.data.formats import read_rows
 from pipeline.data.messages import Text
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.data.tokenize import prompt_ids
 from pipeline.runtime.console import print_main
 

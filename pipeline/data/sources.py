@@ -1,47 +1,42 @@
 """Sources of rows: files, folders and hub datasets, alone or mixed.
 
-    pairs.jsonl                     .jsonl, .json, .csv or .parquet; the first three also as .gz
-    folder/                         every such file in it, by name
+    pairs.jsonl, ~/pairs.csv        .jsonl, .json, .csv, .tsv or .parquet; all but the last also as .gz
+    shards/part-*.parquet           every file that the pattern matches, by name
+    folder/                         every such file in it, by name; or what `save_to_disk` has written
     org/name/config:split@v1.0      a hub dataset, if need be its configuration, its split (train), its revision (main)
     a.jsonl, b.jsonl                one after the other
     a.jsonl*3, b.jsonl*1            mixed in these shares, until each was read through once
 
 With each row comes its place, for error messages: `pairs.jsonl: row 3`. Rows are read one by one, so a source may be
-larger than memory.
+larger than memory. Null is absent, and what a row is does not depend on the rows beside it.
 """
 
-import csv
-import gzip
-import json
+import glob
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from pipeline.config.errors import UserError
-from pipeline.runtime.hashing import hash_file, hash_value
+from pipeline.data.files import KINDS, SUFFIXES, DataError, Row, file_rows, is_rows_file, is_saved_dataset
+from pipeline.runtime.hashing import hash_file, hash_folder, hash_value
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 HUB = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:-]+))?(@(?P<revision>[\w./-]+))?"
 )
-
-Row = tuple[str, dict[str, Any]]
-"""The row's place, for error messages, and its fields."""
-
-
-class DataError(UserError):
-    """A row or a file that cannot be used; the message names file, row and field, what is expected, and a fix."""
+SPLITS = {
+    "train": "train", "training": "train",
+    "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""The split that a word in a file's name stands for."""
 
 
 @contextmanager
@@ -73,13 +68,13 @@ class Source:
         """sha256 of a file; of a folder's list of them; a hub dataset's commit."""
         if not self.files:
             return f"{hub_commit(self)}/{self.config}:{self.split}"
-        hashes = [hash_file(file) for file in self.files]
+        hashes = [hash_folder(file) if file.is_dir() else hash_file(file) for file in self.files]
         return hashes[0] if len(hashes) == 1 else hash_value([[file.name for file in self.files], hashes])
 
 
 def parse_sources(text: str) -> list[Source]:
     """The sources that a dial names; DataError for one that is not there, or shares given to some of them only."""
-    sources = [parse_source(part.strip()) for part in text.split(",")]
+    sources = [parse_source(part) for part in split_at_commas(text)]
     if len({source.share is None for source in sources}) > 1:
         raise DataError(f"{text}: give every source a share (`a.jsonl*3, b.jsonl*1`) or none")
     return sources
@@ -104,129 +99,140 @@ def iterate_sources(text: str, limit: int = 0, seed: int = 0) -> Iterator[Row]:
     rows: Iterator[Row] = chain.from_iterable(source.rows() for source in sources)
     if sources[0].share is not None and len(sources) > 1:
         rows = mix_sources(sources, seed)
-    return islice(rows, limit or None)
+    return ((where, without_nulls(fields)) for where, fields in islice(rows, limit or None))
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of JSON's kinds without the fields that are null, as those that a row lacks are in a table."""
+    if isinstance(value, dict):
+        return {name: without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def mix_sources(sources: Sequence[Source], seed: int) -> Iterator[Row]:
-    """Rows of the sources in their shares, until each was read through; one that ends before begins again."""
-    total = sum(source.share or 0.0 for source in sources)
-    mixture = datasets.interleave_datasets(
-        [datasets.IterableDataset.from_generator(partial(_rows_as_dicts, source)) for source in sources],
-        [(source.share or 0.0) / total for source in sources],
-        seed=seed,
-        stopping_strategy="all_exhausted",
-    )
-    return ((row["where"], row["fields"]) for row in mixture)
+    """Rows of the sources in their shares, until each was read through; one that ends before begins again.
+
+    Rows pass through as they are: `datasets.interleave_datasets` brings them all to the columns of the first.
+    """
+    shares, draw = [source.share or 0.0 for source in sources], random.Random(seed)
+    readers = [source.rows() for source in sources]
+    following = [next(reader, None) for reader in readers]  # the row that each gives next
+    unread = set(range(len(sources)))
+    while unread:
+        (number,) = draw.choices(range(len(sources)), shares)
+        row = following[number]
+        assert row is not None  # a source without rows is an error
+        yield row
+        following[number] = next(readers[number], None)
+        if following[number] is None:
+            unread.discard(number)
+            readers[number] = sources[number].rows()
+            following[number] = next(readers[number])
 
 
-def _rows_as_dicts(source: Source) -> Iterator[dict[str, Any]]:
-    return ({"where": where, "fields": fields} for where, fields in source.rows())
+def split_at_commas(text: str) -> list[str]:
+    """The parts between commas, but for a comma in the name of a file that is there."""
+    parts, found = text.split(","), list[str]()
+    while parts:
+        joined = {end: ",".join(parts[:end]).strip() for end in range(len(parts), 0, -1)}
+        end = next((end for end, name in joined.items() if names_files(name) or names_files(split_share(name)[0])), 1)
+        found.append(joined[end])
+        parts = parts[end:]
+    return found
+
+
+def split_share(text: str) -> tuple[str, float | None]:
+    """The name before the last '*' and the number after it, or the whole text and None."""
+    name, _, share = text.rpartition("*")
+    try:
+        return name, float(share)
+    except ValueError:
+        return text, None
 
 
 def parse_source(text: str) -> Source:
     """One source, with its share after a '*' if it has one."""
-    name, star, share = text.rpartition("*")
-    if not star or Path(text).exists():
-        name, share = text, ""
-    weight = None
-    if share:
-        try:
-            weight = float(share)
-        except ValueError:
-            weight = 0.0
-        if not 0 < weight < float("inf"):
-            raise DataError(f"{text}: expected a positive number after '*', got '{share}'")
-    if not name:
+    if not text:
         raise DataError(f"'{text}': expected a file, folder or hub dataset before and after every comma")
-    path = Path(name)
+    name, share = split_share(text)
+    if exists(text) or (matching_files(text) and not exists(name)):
+        return resolve(text, None)
+    before, star, after = text.rpartition("*")
+    if star and share is None and not exists(before):
+        raise DataError(f"{text}: no file matches")
+    if star and not (share and 0 < share < float("inf")):
+        raise DataError(f"{text}: expected a positive number after '*', got '{after}'")
+    return resolve(name, share)
+
+
+def exists(name: str) -> bool:
+    return bool(name) and Path(name).expanduser().exists()
+
+
+def names_files(text: str) -> bool:
+    return exists(text) or bool(matching_files(text))
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a pattern matches, by name."""
+    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    return sorted(path for path in map(Path, found) if path.is_file())
+
+
+def resolve(name: str, share: float | None) -> Source:
+    """The source of that name: a file, a folder, a pattern or a hub dataset."""
+    path = Path(name).expanduser()
     if path.is_dir():
-        files = tuple(file for file in sorted(path.iterdir()) if file.name.endswith(SUFFIXES))
-        if not files:
-            raise DataError(f"{path}: no {', '.join(SUFFIXES[:4])} file in this folder")
-        return Source(name, files, share=weight)
+        return Source(name, folder_files(path), share=share)
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"{path}: expected a {', '.join(SUFFIXES[:4])} file (.gz for the text formats)")
-        return Source(name, (path,), share=weight)
+        return Source(name, (check_rows_file(path),), share=share)
+    if files := matching_files(name):
+        return Source(name, one_split(name, list(map(check_rows_file, files))), share=share)
     match = HUB.fullmatch(name)
-    if not match or name.endswith(SUFFIXES):
+    if not match or name.lower().endswith(SUFFIXES):
         hint = "; `make data` makes the default recipe's" if name.startswith("data/imdb/") else ""
         raise DataError(f"{name}: no such file or folder{hint}")
-    return Source(match["name"], (), match["config"], match["split"] or "train", match["revision"] or "main", weight)
+    return Source(match["name"], (), match["config"], match["split"] or "train", match["revision"] or "main", share)
 
 
-def file_rows(file: Path) -> Iterator[Row]:
-    """The rows of one file; DataError for bytes that are not its format, or a file without rows."""
-    kind = file.name.removesuffix(".gz").rsplit(".", 1)[1]
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-        "jsonl": _json_lines,
-        "json": _json_lines,
-        "csv": _csv_rows,
-        "parquet": _parquet_rows,
-    }
-    where = ""
-    for number, row in readers[kind](file):
-        where = f"{file}: row {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object of fields, got {type(row).__name__}; mend or remove the row")
-        yield where, row
-    if not where:
-        raise DataError(f"{file}: no rows in it")
+def check_rows_file(path: Path) -> Path:
+    """The path; DataError for a file that holds no rows by its name."""
+    if not path.name.lower().endswith(SUFFIXES):
+        raise DataError(f"{path}: expected {KINDS} (.gz for the text formats)")
+    return path
 
 
-def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file) if file.name.endswith(".gz") else file.open("rb")  # type: ignore[return-value]
+def folder_files(folder: Path) -> tuple[Path, ...]:
+    """The files of rows in a folder, by name, or a saved dataset; DataError where it is not clear which are meant."""
+    if is_saved_dataset(folder):
+        return (folder,)
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    saved = [path.name for path in inside if path.is_dir() and is_saved_dataset(path)]
+    if saved:
+        raise DataError(f"{folder}: saved datasets are in it ({', '.join(saved)}): name one, as in {folder / saved[0]}")
+    files = [path for path in inside if path.is_file() and is_rows_file(path)]
+    if not files:
+        below = [path for path in inside if path.is_dir() and any(map(is_rows_file, path.iterdir()))]
+        hint = f"; {below[0]} has some: name it, or a pattern such as '{below[0]}/train-*'" if below else ""
+        raise DataError(f"{folder}: no {KINDS.removeprefix('a ')} in this folder{hint}")
+    return one_split(str(folder), files)
 
 
-def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """One JSON object per line, numbered by its line, or one array of objects."""
-    with _open(file) as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if number == 1 and text.lstrip().startswith("["):
-                    yield from enumerate(json.loads(text + lines.read().decode()), 1)
-                    return
-                if text.strip():
-                    yield number, json.loads(text)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}: line {number}: not JSON ({error}); expected one object per line") from None
-        except (OSError, EOFError) as error:
-            raise DataError(f"{file}: not readable after line {number}: {error}") from None
-        except RecursionError:
-            raise DataError(f"{file}: line {number}: nested too deeply to be a row") from None
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)
-    with _open(file) as data:
-        try:
-            rows = csv.reader((line.decode() for line in data), strict=True)
-            names = [name.removeprefix("\ufeff") for name in next(rows, [])]
-            for number, cells in enumerate(rows, 1):
-                if len(cells) != len(names):
-                    raise DataError(
-                        f"{file}: row {number}: expected {len(names)} cells ({', '.join(names)}), got {len(cells)}; "
-                        "put quotes round a cell that holds a comma or a line break"
-                    )
-                yield number, dict(zip(names, cells, strict=True))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-        except csv.Error as error:
-            raise DataError(f"{file}: line {rows.line_num}: not CSV ({error})") from None
-        except (OSError, EOFError) as error:
-            raise DataError(f"{file}: not readable: {error}") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{file}: not readable as parquet: {' '.join(str(error).split())}") from None
+def one_split(name: str, files: Sequence[Path]) -> tuple[Path, ...]:
+    """The files; DataError if their names are of several splits: training rows beside those that test it."""
+    splits: dict[str, Path] = {}
+    for file in files:
+        words = re.findall(r"[a-z]+", file.name.lower())
+        split = next((SPLITS[word] for word in words if word in SPLITS), None)
+        if split:
+            splits.setdefault(split, file)
+    if len(splits) > 1:
+        found = ", ".join(f"{split} ({file.name})" for split, file in splits.items())
+        raise DataError(
+            f"{name}: files of several splits are in it: {found}; name a file, or a pattern such as "
+            f"'{next(iter(splits.values())).parent}/train*', or, if all are meant, each between commas"
+        )
+    return tuple(files)
 
 
 def hub_rows(source: Source) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from pipeline.data.messages import (
     parse_messages,
     parse_string,
 )
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 TURN = r"[^\S\n]*(Human|Assistant):"

@@ -15,15 +15,14 @@ from sklearn.model_selection import GroupShuffleSplit
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from pipeline.config.dials import Reading
+from pipeline.data.files import DataError
 from pipeline.data.formats import read_rows
-from pipeline.data.sources import DataError
 from pipeline.evaluation.statistics import Array, Estimate, pair_accuracy, share_ci, to_paired_vectors, to_vector
 from pipeline.evaluation.text import to_text_list, word_counts, words
 
 Judge = Callable[[Sequence[str]], Array]
 """One number for each text."""
 
-READING = Reading()  # stops at a bad row
 LABELS = {"negative": 0, "positive": 1}
 HOLDOUT = 0.1  # share of a classifier's texts that it is tested on and never fitted to
 INVERSE_PENALTY = 3.0  # C of the logistic regression
@@ -31,7 +30,7 @@ LEAST_TEXTS = 3  # that a word or a pair of words stands in, to be counted (min_
 PAIR_ALPHA = 3.0  # ridge penalty of the pair baseline
 
 
-def fit_judge(file: str, seed: int, reading: Reading = READING) -> Classifier:
+def fit_judge(file: str, seed: int, reading: Reading = Reading()) -> Classifier:
     """P(positive) of a text, by a classifier fitted to human labels that no stage has seen.
 
     Texts with one `key` are of one document (`fit_classifier`'s group); a text without is one by itself. DataError for

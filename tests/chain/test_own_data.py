@@ -14,7 +14,7 @@ from pipeline.config.dials import Sampling
 from pipeline.config.parse import flat, parse
 from pipeline.config.stages import PPO, SFT, Chat, Evaluate, Merge, Pretrain, Reward
 from pipeline.data.chat_template import TRANSCRIPT_TEMPLATE
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.data.tokenize import decode, prompt_ids
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.loading import load_language_model

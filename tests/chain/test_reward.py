@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from pipeline import reward
 from pipeline.config.dials import Optim, Run, Sampling
 from pipeline.config.stages import Reward
+from pipeline.data.files import DataError
 from pipeline.data.prompts import read_prompts
-from pipeline.data.sources import DataError
 from pipeline.data.tokenize import preference_rows
 from pipeline.data.tokenizer import ModelError, load_tokenizer
 from pipeline.models.heads import load_reward_model

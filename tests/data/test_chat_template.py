@@ -16,7 +16,7 @@ from pipeline.data.chat_template import (
 )
 from pipeline.data.form import check_form, say_template_unused
 from pipeline.data.formats import read_rows
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.data.tokenizer import train_tokenizer
 
 GEMMA = (

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.data.formats import PARSERS
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 

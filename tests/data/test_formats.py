@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.config.dials import Reading
 from pipeline.data.formats import PARSERS, read_rows
 from pipeline.data.messages import display_text, format_transcript
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 
 USER = {"role": "user", "content": "Hi?"}
 BOT = {"role": "assistant", "content": "Yes."}

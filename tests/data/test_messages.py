@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.data.formats import PARSERS
 from pipeline.data.messages import parse_messages
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 
 USER = {"role": "user", "content": "Hi?"}
 BOT = {"role": "assistant", "content": "Yes."}

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import sources
-from pipeline.data.sources import DataError, hash_source, iterate_sources
+from pipeline.data.files import DataError
+from pipeline.data.sources import hash_source, iterate_sources
 
 ROWS = [
     {"prompt": "größe, 1", "completion": 'says "so"\nand goes'},
@@ -90,6 +91,109 @@ def test_a_mixture_has_the_shares_asked_for_and_reads_each_source_through():
     assert mixed[:100] == [row["text"] for row in fields("a.jsonl*3,b.jsonl*1", seed=1, limit=100)]
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-1, 1) | st.text(max_size=2),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+    max_leaves=4,
+)
+TABLES = st.lists(st.dictionaries(st.sampled_from(["prompt", "margin", "messages"]), VALUES, min_size=1), min_size=1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(TABLES.filter(lambda rows: len(rows) < 6), min_size=1, max_size=3), seed=st.integers(0, 3))
+def test_a_mixture_is_the_union_of_its_parts(parts, seed):
+    """Whatever columns and types these have: each row is what it is alone, each part read once, or over again."""
+    for number, rows in enumerate(parts):
+        write(f"p{number}.jsonl", rows)
+    alone = [fields(f"p{number}.jsonl") for number in range(len(parts))]
+    assert [[*rows] for rows in alone] == [[sources.without_nulls(row) for row in rows] for rows in parts]
+    names = [f"p{number}.jsonl" for number in range(len(parts))]
+    assert fields(", ".join(names)) == sum(alone, [])
+    mixed = list(iterate_sources(", ".join(f"{name}*{number + 1}" for number, name in enumerate(names)), seed=seed))
+    for name, rows in zip(names, alone, strict=True):
+        mine = [row for where, row in mixed if where.startswith(name)]
+        assert len(mine) >= len(rows)
+        assert json.dumps(mine) == json.dumps([rows[number % len(rows)] for number in range(len(mine))])
+    assert any(len([1 for where, _ in mixed if where.startswith(n)]) == len(r) for n, r in zip(names, alone, strict=True))
+
+
+def test_null_is_absent_in_every_kind_of_file():
+    rows = [
+        {"prompt": "a", "margin": None, "messages": [{"role": "user", "name": None}, {"role": "user", "name": "b"}]},
+        {"prompt": None, "margin": 1.0, "messages": None},
+    ]
+    bare = [{"prompt": "a", "messages": [{"role": "user"}, {"role": "user", "name": "b"}]}, {"margin": 1.0}]
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        assert fields(write(name, rows)) == bare
+    datasets.Dataset.from_list(rows).save_to_disk("saved")
+    assert fields("saved") == bare
+    Path("a.csv").write_text("prompt,margin\na,\n,1\n", encoding="utf-8")
+    assert fields("a.csv") == [{"prompt": "a"}, {"margin": "1"}]
+
+
+def test_patterns_commas_and_the_home_folder_name_files(tmp_path, monkeypatch):
+    (tmp_path / "d, e").mkdir()
+    for number in range(3):
+        write(f"d, e/part-{number} [v1].jsonl", [{"text": f"{number}"}])
+    texts = [{"text": "0"}, {"text": "1"}, {"text": "2"}]
+    assert fields("d, e/part-*") == fields("d, e") == texts
+    assert fields("d, e/part-1 [v1].jsonl") == texts[1:2]
+    assert fields("d, e/part-2 [v1].jsonl, d, e/part-0 [v1].jsonl") == [texts[2], texts[0]]
+    mixed = "d, e/part-2 [v1].jsonl*2, d, e/part-*.jsonl*1"
+    assert {row["text"] for row in fields(mixed)} == {"0", "1", "2"}
+    assert hash_source("d, e/part-*") == hash_source("d, e") != hash_source("d, e/part-1 [v1].jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fields("~/d, e") == fields("~/d, e/*.jsonl") == texts
+
+
+def test_a_saved_dataset_is_read_and_told_apart_by_its_rows():
+    for name, rows in (("s1", ROWS), ("s2", ROWS[:2])):
+        datasets.Dataset.from_list(rows).save_to_disk(name)
+    assert fields("s1") == ROWS
+    assert [where for where, _ in iterate_sources("s2")] == ["s2: row 1", "s2: row 2"]
+    assert hash_source("s1") != hash_source("s2")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk("both")
+    with pytest.raises(DataError, match=r"both: saved datasets are in it \(train\): name one, as in both/train"):
+        fields("both")
+    assert fields("both/train") == ROWS
+
+
+def test_hidden_files_are_no_rows(tmp_path):
+    (tmp_path / "d").mkdir()
+    write("d/rows.jsonl")
+    for name in ("._rows.jsonl", ".cache.json"):
+        (tmp_path / "d" / name).write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "d" / "dataset_infos.json").write_text("{}")
+    assert fields("d") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("train-00000-of-00002.parquet", "test-00000-of-00001.parquet"), r"test \(test-0.*\), train \(train-0.*\)"),
+        (("pairs_train.jsonl", "pairs_dev.jsonl"), r"validation \(pairs_dev.jsonl\), train \(.*\)"),
+        (("a.jsonl", "train.jsonl", "Validation.JSONL"), r"validation \(Validation.JSONL\), train \(.*\)"),
+    ],
+)
+def test_files_of_several_splits_are_not_read_together(names, found, tmp_path):
+    (tmp_path / "d").mkdir()
+    for name in names:
+        write(f"d/{name.lower()}")
+        (tmp_path / "d" / name.lower()).rename(tmp_path / "d" / name)
+    for source in ("d", "d/*"):
+        with pytest.raises(DataError, match=rf"^{source[0]}.*: files of several splits are in it: {found}; name a file"):
+            fields(source)
+    assert fields(f"d/{names[0]}, d/{names[1]}") == ROWS * 2
+
+
+def test_a_folder_whose_rows_lie_further_down_says_where(tmp_path):
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    write("clone/data/train-00000.parquet")
+    with pytest.raises(DataError, match=r"clone: no .jsonl.* in this folder; clone/data has some: name it"):
+        fields("clone")
+    assert fields("clone/data/train-*") == ROWS
+
+
 def test_rows_are_read_only_as_far_as_they_are_used():
     Path("a.jsonl").write_text('{"text": "a"}\nnot JSON\n', encoding="utf-8")
     assert fields("a.jsonl", limit=1) == [{"text": "a"}]
@@ -145,7 +249,10 @@ def test_what_cannot_be_read_is_named_with_its_place(name):
         ("/absent/folder", "no such file"),
         ("a.txt", r"a\.txt: expected a \.jsonl"),
         ("nothing", "no such file"),
-        ("bare", "no .jsonl, .json, .csv, .parquet file in this folder"),
+        ("bare", "no .jsonl, .json, .csv, .tsv or .parquet file in this folder"),
+        ("*.txt", r"a\.txt: expected a \.jsonl"),
+        ("b*.jsonl", r"b\*\.jsonl: no file matches"),
+        ("a.jsonl*0", "expected a positive number"),
         ("a.jsonl*x", r"a\.jsonl\*x: expected a positive number after '\*', got 'x'"),
         ("a.jsonl*-1", "expected a positive number"),
         ("a.jsonl*nan", "expected a positive number"),

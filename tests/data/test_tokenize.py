@@ -13,7 +13,7 @@ from trl.data_utils import apply_chat_template
 
 from pipeline.data.chat_template import TRANSCRIPT_TEMPLATE, chat_segments, ensure_chat_template, join_segments
 from pipeline.data.formats import PARSERS
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.data.tokenize import (
     IGNORE_INDEX,
     completion_rows,

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.data.formats import PARSERS
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.data.transcripts import parse_transcript
 
 TALK = [

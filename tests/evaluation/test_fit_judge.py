@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pipeline.config.dials import Reading
-from pipeline.data.sources import DataError
+from pipeline.data.files import DataError
 from pipeline.evaluation import judges
 from pipeline.evaluation.judges import fit_judge
 

@@ -11,8 +11,8 @@ from pipeline.config.dials import Adapter, Sampling
 from pipeline.config.errors import UserError
 from pipeline.config.stages import PPO
 from pipeline.core.tensors import identity
+from pipeline.data.files import DataError
 from pipeline.data.prompts import read_prompts
-from pipeline.data.sources import DataError
 from pipeline.data.tokenize import decode, preference_rows, text_ids
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.models.actor_critic import ActorCritic

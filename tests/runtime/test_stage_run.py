@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.config.parse import identity, parse
 from pipeline.config.stages import PPO, SFT
-from pipeline.data.sources import DataError, hash_sources
+from pipeline.data.files import DataError
+from pipeline.data.sources import hash_sources
 from pipeline.runtime import hashing
 from pipeline.runtime.finished import StageError, read_done, verify_files
 from pipeline.runtime.hashing import hash_value
