@@ -58,6 +58,7 @@ from pipeline.runtime.stage_run import StageRun
 from pipeline.training.trainer import HeadTrainer, run_training, training_arguments
 
 SAMPLING_DIALS = "max_prompt_tokens or max_new_tokens"
+SAMPLED = 16  # prompts at a time, whatever `micro_batch` is: what is drawn depends on it
 PROBES = 8  # texts whose scores must be the same after loading
 TOLERANCE = 1e-5
 MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, math.inf)  # rating points; pairs from binary labels have margin 0
@@ -183,15 +184,14 @@ def sample_responses(
     ModelError where they would not fit into the context of that policy or of the reward `model`.
     """
     longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
-    size = config.optim.micro_batch
     with torch.random.fork_rng():
         policy = freeze(load_language_model(parents["sft"])).to(processes().device)
         for sampler, path in ((policy, parents["sft"]), (model, parents["base"])):
             check_model(sampler, tokenizer, longest, path, "sampled texts may have", SAMPLING_DIALS)
         torch.manual_seed(config.run.seed)
         rollouts = [
-            generate(policy, tokenizer, prompts[start : start + size], config.sampling)
-            for start in range(0, len(prompts), size)
+            generate(policy, tokenizer, prompts[start : start + SAMPLED], config.sampling)
+            for start in range(0, len(prompts), SAMPLED)
         ]
     return [(rollout.input_ids.cpu(), rollout.attention_mask.cpu()) for rollout in rollouts]
 

@@ -60,11 +60,14 @@ TESTS = {
     "models/saving": ("models/test_models", "models/test_fresh_adapter", "rl/test_rollout"),
     "adapters/base": ("models/test_custom_code",),
     "reward": ("chain/test_reward",),
+    "training/batches": ("training/test_batches", "training/test_trainer"),
+    "training/trainer": ("training/test_trainer", "chain/test_reward"),
+    "data/files": ("data/test_files",),
+    "data/sources": ("data/test_sources",),
     "models/multi_adapter": ("models/test_multi_adapter",),
     "data/tokenize": ("data/test_tokenize", "rl/test_rollout"),
     "runtime/checkpoints": ("runtime/test_checkpoints",),
     "runtime/logs": ("runtime/test_checkpoints",),
-    "runtime/stage_run": ("runtime/test_checkpoints", "runtime/test_stage_run"),
 }
 TWO = "chain/test_distributed"
 SECONDS = 600  # a mutant may loop for ever

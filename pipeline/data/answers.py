@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.data.files import DataError
 from pipeline.data.messages import (
     Message,
     Text,
@@ -13,7 +14,6 @@ from pipeline.data.messages import (
     parse_weights,
     type_name,
 )
-from pipeline.data.files import DataError
 from pipeline.data.transcripts import AFTER_BLANK_LINE, as_turn, is_talk, opens_transcript, parse_text_or_messages
 
 SURE = 10  # characters of a prompt that no answer begins with by chance

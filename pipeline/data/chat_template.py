@@ -13,8 +13,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from pipeline.data.messages import Message
 from pipeline.data.files import DataError
+from pipeline.data.messages import Message
 from pipeline.data.tokenizer import encode_plain, first_line
 from pipeline.runtime.console import print_main
 from pipeline.runtime.limits import limited

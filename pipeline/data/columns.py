@@ -14,8 +14,8 @@ a column that changes what a row means and is not read is refused, never passed 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from pipeline.data.messages import decode_messages, is_given, shorten, unread
 from pipeline.data.files import DataError
+from pipeline.data.messages import decode_messages, is_given, shorten, unread
 from pipeline.data.transcripts import as_turn, is_talk
 
 QUESTIONS = ("instruction", "question", "query")

@@ -7,8 +7,10 @@ import csv
 import gzip
 import io
 import json
+import re
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -86,7 +88,7 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
             raise DataError(f"{file}: line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
         except json.JSONDecodeError as error:
             raise DataError(f"{file}: line {number}: not JSON ({error}); expected one object per line") from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{file}: not readable after line {number}: {error}") from None
         except RecursionError:
             raise DataError(f"{file}: line {number}: nested too deeply to be a row") from None
@@ -118,16 +120,20 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with _open(file) as data:
         try:
             lines = io.TextIOWrapper(data, "utf-8-sig", newline="")  # line ends are the csv module's to read
-            header = lines.readline()
+            header = next((line for line in lines if line.strip()), "")
             separator = next((mark for mark in (",", "\t", ";") if mark in header), ",")
             if file.name.lower().removesuffix(".gz").endswith(".tsv"):
                 separator = "\t"
-            records = csv.reader(chain([header], lines), delimiter=separator, strict=True)
+            records = csv.reader(
+                _check_quotes(file, separator, chain([header], lines)), delimiter=separator, strict=True
+            )
             names = [name.strip() for name in next(records, [])]
             if len(set(filter(None, names))) < len([*filter(None, names)]):
                 raise DataError(f"{file}: {_repeated([*filter(None, names)])} heads two columns; name each once")
             if "" in names:
-                print_main(f"{file}: column {names.index('') + 1} has no name and is not read (row numbers, or nothing)")
+                print_main(
+                    f"{file}: column {names.index('') + 1} has no name and is not read (row numbers, or nothing)"
+                )
             for number, cells in enumerate(filter(None, records), 1):
                 if len(cells) != len(names):
                     raise DataError(
@@ -141,8 +147,17 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DataError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
         except csv.Error as error:
             raise DataError(f"{file}: line {records.line_num}: not CSV ({error})") from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{file}: not readable: {error}") from None
+
+
+def _check_quotes(file: Path, separator: str, lines: Iterable[str]) -> Iterator[str]:
+    """The lines; DataError for a cell like ` "a"`: `csv` would leave the quotes in it, and split it at a comma."""
+    stray = re.compile(f'(^|{separator}) +"[^"{separator}\r\n]')  # inside quotes one stands before a separator or twice
+    for line in lines:
+        if stray.search(line):
+            raise DataError(f"{file}: a blank before the quotes of a cell: {line.strip()!r:.60}; take such blanks out")
+        yield line
 
 
 def _check_unnamed(file: Path, number: int, names: Sequence[str], cells: Sequence[str]) -> None:
@@ -153,15 +168,18 @@ def _check_unnamed(file: Path, number: int, names: Sequence[str], cells: Sequenc
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise DataError(f"{file}: {_repeated(names)} heads two columns; name each once")
+        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in table.iter_batches()), 1)
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{file}: not readable as parquet: {' '.join(str(error).split())}") from None
 
 
 def _saved_rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        rows = datasets.load_from_disk(str(folder))
+        rows = datasets.load_from_disk(str(folder)).with_format(None)  # all columns, whatever `set_format` has chosen
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}: not readable as a saved dataset: {' '.join(str(error).split())[:200]}") from None
     yield from enumerate(rows, 1)

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.messages import Text
 from pipeline.data.files import DataError
+from pipeline.data.messages import Text
 from pipeline.runtime.console import print_main
 from pipeline.runtime.finished import recorded_form
 

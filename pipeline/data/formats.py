@@ -18,8 +18,8 @@ from pipeline.config.dials import Reading
 from pipeline.data.answers import parse_answers, parse_conversation, trained_answers
 from pipeline.data.bad_rows import BadRows
 from pipeline.data.columns import check_found, refuse_unread, rename_columns, standardise, unread_columns
-from pipeline.data.messages import check_roles, field_error, full_text, parse_string, shorten
 from pipeline.data.files import DataError, Row
+from pipeline.data.messages import check_roles, field_error, full_text, parse_string, shorten
 from pipeline.data.sources import iterate_sources
 from pipeline.data.transcripts import is_talk, parse_text_or_messages, refuse_unsplit
 from pipeline.runtime.console import print_main

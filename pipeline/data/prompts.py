@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.dials import Sampling
 from pipeline.config.stages import PPO, Evaluate, Reward
 from pipeline.data.chat_template import conversation_check
+from pipeline.data.files import DataError
 from pipeline.data.form import check_form
 from pipeline.data.formats import read_rows
 from pipeline.data.messages import Text
-from pipeline.data.files import DataError
 from pipeline.data.tokenize import prompt_ids
 from pipeline.runtime.console import print_main
 

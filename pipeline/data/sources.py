@@ -12,6 +12,7 @@ larger than memory. Null is absent, and what a row is does not depend on the row
 """
 
 import glob
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,17 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from pipeline.data.files import KINDS, SUFFIXES, DataError, Row, file_rows, is_rows_file, is_saved_dataset
+from pipeline.data.files import (
+    DESCRIPTIONS,
+    KINDS,
+    SUFFIXES,
+    DataError,
+    Row,
+    file_rows,
+    is_rows_file,
+    is_saved_dataset,
+)
+from pipeline.runtime.console import print_main
 from pipeline.runtime.hashing import hash_file, hash_folder, hash_value
 
 HUB = re.compile(
@@ -58,6 +69,8 @@ class Source:
     split: str = "train"
     revision: str = "main"
     share: float | None = None
+    passed_over: tuple[str, ...] = ()
+    """What else is in the folder."""
 
     def rows(self) -> Iterator[Row]:
         if not self.files:
@@ -99,7 +112,18 @@ def iterate_sources(text: str, limit: int = 0, seed: int = 0) -> Iterator[Row]:
     rows: Iterator[Row] = chain.from_iterable(source.rows() for source in sources)
     if sources[0].share is not None and len(sources) > 1:
         rows = mix_sources(sources, seed)
-    return ((where, without_nulls(fields)) for where, fields in islice(rows, limit or None))
+    for source in sources:
+        if source.passed_over:
+            print_main(f"{source.name}: not read: {', '.join(source.passed_over)}")
+    return map(row_without_nulls, islice(rows, limit or None))
+
+
+def row_without_nulls(row: Row) -> Row:
+    where, fields = row
+    try:
+        return where, without_nulls(fields)
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply to be a row") from None
 
 
 def without_nulls(value: Any) -> Any:
@@ -158,7 +182,7 @@ def parse_source(text: str) -> Source:
     if exists(text) or (matching_files(text) and not exists(name)):
         return resolve(text, None)
     before, star, after = text.rpartition("*")
-    if star and share is None and not exists(before):
+    if star and share is None and not os.path.isfile(os.path.expanduser(before)):
         raise DataError(f"{text}: no file matches")
     if star and not (share and 0 < share < float("inf")):
         raise DataError(f"{text}: expected a positive number after '*', got '{after}'")
@@ -166,7 +190,7 @@ def parse_source(text: str) -> Source:
 
 
 def exists(name: str) -> bool:
-    return bool(name) and Path(name).expanduser().exists()
+    return os.path.exists(os.path.expanduser(name))  # pathlib raises for a name that is too long, or an unknown ~user
 
 
 def names_files(text: str) -> bool:
@@ -175,19 +199,20 @@ def names_files(text: str) -> bool:
 
 def matching_files(pattern: str) -> list[Path]:
     """The files that a pattern matches, by name."""
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
     return sorted(path for path in map(Path, found) if path.is_file())
 
 
 def resolve(name: str, share: float | None) -> Source:
     """The source of that name: a file, a folder, a pattern or a hub dataset."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Source(name, folder_files(path), share=share)
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        files = folder_files(path)
+        return Source(name, files, share=share, passed_over=others(path, files))
+    if os.path.isfile(path):
         return Source(name, (check_rows_file(path),), share=share)
-    if files := matching_files(name):
-        return Source(name, one_split(name, list(map(check_rows_file, files))), share=share)
+    if matching := matching_files(name):
+        return Source(name, one_split(name, list(map(check_rows_file, matching))), share=share)
     match = HUB.fullmatch(name)
     if not match or name.lower().endswith(SUFFIXES):
         hint = "; `make data` makes the default recipe's" if name.startswith("data/imdb/") else ""
@@ -199,6 +224,8 @@ def check_rows_file(path: Path) -> Path:
     """The path; DataError for a file that holds no rows by its name."""
     if not path.name.lower().endswith(SUFFIXES):
         raise DataError(f"{path}: expected {KINDS} (.gz for the text formats)")
+    if path.name in DESCRIPTIONS:
+        raise DataError(f"{path}: a description of a dataset, by its name; expected {KINDS} of rows")
     return path
 
 
@@ -218,19 +245,31 @@ def folder_files(folder: Path) -> tuple[Path, ...]:
     return one_split(str(folder), files)
 
 
+def others(folder: Path, files: Sequence[Path]) -> tuple[str, ...]:
+    """What in a folder is not among its files of rows, by name; of what is hidden only what looks like rows."""
+    if folder in files:  # a saved dataset
+        return ()
+    rest = sorted(path for path in folder.iterdir() if path not in files)
+    seen = [path for path in rest if not path.name.startswith(".") or path.name.lower().endswith(SUFFIXES)]
+    return tuple(f"{path.name}/" if path.is_dir() else path.name for path in seen)
+
+
+def split_of(file: Path) -> str:
+    """The split that a file's name speaks of, or that of its folder."""
+    words = re.findall(r"[a-z]+", f"{file.name}/{file.parent.name}".lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "no split")
+
+
 def one_split(name: str, files: Sequence[Path]) -> tuple[Path, ...]:
-    """The files; DataError if their names are of several splits: training rows beside those that test it."""
+    """The files; DataError unless all are of one split: else rows that test a model would be among those it learns."""
     splits: dict[str, Path] = {}
     for file in files:
-        words = re.findall(r"[a-z]+", file.name.lower())
-        split = next((SPLITS[word] for word in words if word in SPLITS), None)
-        if split:
-            splits.setdefault(split, file)
+        splits.setdefault(split_of(file), file)
     if len(splits) > 1:
         found = ", ".join(f"{split} ({file.name})" for split, file in splits.items())
         raise DataError(
-            f"{name}: files of several splits are in it: {found}; name a file, or a pattern such as "
-            f"'{next(iter(splits.values())).parent}/train*', or, if all are meant, each between commas"
+            f"{name}: files of several splits are in it: {found}; name a file, or a pattern of one split, such "
+            "as 'train-*', or, if all are meant, each between commas"
         )
     return tuple(files)
 
@@ -241,8 +280,11 @@ def hub_rows(source: Source) -> Iterator[Row]:
     commit = hub_commit(source)
     options = {"split": source.split, "revision": commit, "streaming": True}
     rows = call_hub(source, lambda: datasets.load_dataset(source.name, source.config, **options))
+    number = 0
     for number, row in enumerate(rows, 1):
         yield f"{where}: row {number}", row
+    if not number:
+        raise DataError(f"{where}: no rows in it")
 
 
 def hub_commit(source: Source) -> str:

@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.chat_template import Segment, chat_segments, join_segments
-from pipeline.data.messages import Text
 from pipeline.data.files import DataError
+from pipeline.data.messages import Text
 from pipeline.data.tokenizer import encode_plain
 from pipeline.runtime.console import console, print_main
 from pipeline.runtime.process import is_main

@@ -7,6 +7,7 @@ does, on a new line; line ends are normalised first.
 import re
 from typing import Any
 
+from pipeline.data.files import DataError
 from pipeline.data.messages import (
     Message,
     Text,
@@ -15,7 +16,6 @@ from pipeline.data.messages import (
     parse_messages,
     parse_string,
 )
-from pipeline.data.files import DataError
 
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 TURN = r"[^\S\n]*(Human|Assistant):"

@@ -120,16 +120,24 @@ def test_the_head_learns_at_its_own_rate_and_norms_do_not_decay(reward_model, to
     assert sorted(name for group in groups for name in group) == sorted(names.values())
 
 
-def test_the_scale_is_centred_on_whole_and_cut_off_samples_alike(policy, reward_model, tokenizer, tmp_path):
-    """Seven prompts in batches of two; some of the responses end, some are cut, and these score otherwise."""
+def test_the_scale_is_centred_on_whole_and_cut_off_samples_alike(
+    policy, reward_model, tokenizer, tmp_path, monkeypatch
+):
+    """Seven prompts in batches of two; some of the responses end, some are cut, and these score otherwise.
+
+    `micro_batch` has no part in what is drawn.
+    """
+    monkeypatch.setattr(reward, "SAMPLED", 2)
     save_policy(policy, tokenizer, tmp_path)
     sampling = Sampling(max_new_tokens=9, max_prompt_tokens=12, temperature=0.7)
-    optim = dataclasses.replace(CONFIG.optim, batch_size=2, micro_batch=2)
-    config = dataclasses.replace(CONFIG, sampling=sampling, optim=optim)
+    config = dataclasses.replace(CONFIG, sampling=sampling)
     prompts = ["the cat", " a", "so he had tea", "", " no hat", "the sea on", "a dog ate"]
     samples = sample_responses(reward_model, tokenizer, prompts, dict.fromkeys(("base", "sft"), tmp_path), config)
     texts = [row[real] for ids, mask in samples for row, real in zip(ids, mask, strict=True)]
     assert len(texts) == len(prompts)
+    other = dataclasses.replace(config, optim=dataclasses.replace(CONFIG.optim, micro_batch=1))
+    again = sample_responses(reward_model, tokenizer, prompts, dict.fromkeys(("base", "sft"), tmp_path), other)
+    assert all(torch.equal(ids, others) for (ids, _), (others, _) in zip(samples, again, strict=True))
     scores = torch.cat(
         [reward_model_scores(reward_model, text[None], torch.ones_like(text[None]).bool()) for text in texts]
     )

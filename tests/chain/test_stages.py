@@ -339,14 +339,21 @@ def test_there_is_no_other_block():
 # what a user may get wrong: one sentence, nothing harmed
 
 
-def broken_model(chain, folder: Path) -> str:
-    shutil.copytree(chain.final("sft"), folder / "broken")
+def damaged_stage(chain, folder: Path) -> str:
+    shutil.copytree(chain.final("pretrain"), folder / "broken")
     (folder / "broken/model.safetensors").write_bytes(b"not weights")
     return f"--base={folder}/broken"
 
 
+def broken_model(chain, folder: Path) -> str:
+    """One's own: no stage has listed its files."""
+    dials = damaged_stage(chain, folder)
+    (folder / "broken/DONE.json").unlink()
+    return dials
+
+
 def other_tokenizer(chain, folder: Path) -> str:
-    shutil.copytree(chain.final("pretrain"), folder / "other")
+    shutil.copytree(chain.final("pretrain"), folder / "other", ignore=shutil.ignore_patterns("DONE.json"))
     file = folder / "other/tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]
@@ -384,6 +391,7 @@ GOOD = b'{"prompt": "a", "completion": " b"}\n'
         ("sft", given("--train_file=absent.jsonl"), r"absent\.jsonl: no such file"),
         ("sft", given("--train_file=org/name"), "as a hub dataset: the hub is switched off"),
         ("sft", given("--base=org/name"), "org/name: no such folder, and the hub does not give a model"),
+        ("sft", damaged_stage, r"broken/model\.safetensors: missing or not as it was written .*run pretrain again"),
         ("sft", broken_model, "broken: no model can be loaded from it"),
         ("reward", other_tokenizer, "tokenizers differ: sft [0-9a-f]{12} .*, base [0-9a-f]{12}"),
         ("reward", given("--max_new_tokens=2000"), "its context is 128 tokens, rows may have 2064; lower"),

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.config.dials import Reading
 from pipeline.data.bad_rows import FIRST_LOOK
-from pipeline.data.formats import iterate_rows, read_rows
 from pipeline.data.files import DataError
+from pipeline.data.formats import iterate_rows, read_rows
 
 GOOD = {"prompt": "a", "completion": " b"}
 DROP = Reading(bad_rows="drop")

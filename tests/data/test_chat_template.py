@@ -14,9 +14,9 @@ from pipeline.data.chat_template import (
     conversation_check,
     ensure_chat_template,
 )
+from pipeline.data.files import DataError
 from pipeline.data.form import check_form, say_template_unused
 from pipeline.data.formats import read_rows
-from pipeline.data.files import DataError
 from pipeline.data.tokenizer import train_tokenizer
 
 GEMMA = (

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.dials import Reading
+from pipeline.data.files import DataError
 from pipeline.data.formats import PARSERS, read_rows
 from pipeline.data.messages import display_text, format_transcript
-from pipeline.data.files import DataError
 
 USER = {"role": "user", "content": "Hi?"}
 BOT = {"role": "assistant", "content": "Yes."}

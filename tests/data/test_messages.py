@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from pipeline.data.files import DataError
 from pipeline.data.formats import PARSERS
 from pipeline.data.messages import parse_messages
-from pipeline.data.files import DataError
 
 USER = {"role": "user", "content": "Hi?"}
 BOT = {"role": "assistant", "content": "Yes."}

@@ -108,13 +108,15 @@ def test_a_mixture_is_the_union_of_its_parts(parts, seed):
     alone = [fields(f"p{number}.jsonl") for number in range(len(parts))]
     assert [[*rows] for rows in alone] == [[sources.without_nulls(row) for row in rows] for rows in parts]
     names = [f"p{number}.jsonl" for number in range(len(parts))]
-    assert fields(", ".join(names)) == sum(alone, [])
+    assert fields(", ".join(names)) == [row for rows in alone for row in rows]
     mixed = list(iterate_sources(", ".join(f"{name}*{number + 1}" for number, name in enumerate(names)), seed=seed))
     for name, rows in zip(names, alone, strict=True):
         mine = [row for where, row in mixed if where.startswith(name)]
         assert len(mine) >= len(rows)
         assert json.dumps(mine) == json.dumps([rows[number % len(rows)] for number in range(len(mine))])
-    assert any(len([1 for where, _ in mixed if where.startswith(n)]) == len(r) for n, r in zip(names, alone, strict=True))
+    assert any(
+        len([1 for where, _ in mixed if where.startswith(n)]) == len(r) for n, r in zip(names, alone, strict=True)
+    )
 
 
 def test_null_is_absent_in_every_kind_of_file():
@@ -150,6 +152,8 @@ def test_a_saved_dataset_is_read_and_told_apart_by_its_rows():
     for name, rows in (("s1", ROWS), ("s2", ROWS[:2])):
         datasets.Dataset.from_list(rows).save_to_disk(name)
     assert fields("s1") == ROWS
+    datasets.Dataset.from_list(ROWS).with_format("numpy", columns=["prompt"]).save_to_disk("chosen columns")
+    assert fields("chosen columns") == ROWS
     assert [where for where, _ in iterate_sources("s2")] == ["s2: row 1", "s2: row 2"]
     assert hash_source("s1") != hash_source("s2")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk("both")
@@ -158,13 +162,19 @@ def test_a_saved_dataset_is_read_and_told_apart_by_its_rows():
     assert fields("both/train") == ROWS
 
 
-def test_hidden_files_are_no_rows(tmp_path):
+def test_hidden_files_are_no_rows_and_what_is_not_read_is_said(tmp_path, capsys):
     (tmp_path / "d").mkdir()
     write("d/rows.jsonl")
     for name in ("._rows.jsonl", ".cache.json"):
         (tmp_path / "d" / name).write_bytes(b"\x00\x05\x16\x07")
     (tmp_path / "d" / "dataset_infos.json").write_text("{}")
-    assert fields("d") == ROWS
+    (tmp_path / "d" / "more").mkdir()
+    write("d/more/rows.jsonl")
+    for source in ("d", "d*1, d/rows.jsonl*1"):
+        assert fields(source, limit=3) == ROWS or source != "d"
+        assert "d: not read: ._rows.jsonl, .cache.json, dataset_infos.json, more/" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"d/dataset_infos.json: a description of a dataset, by its name"):
+        fields("d/*")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +182,8 @@ def test_hidden_files_are_no_rows(tmp_path):
     [
         (("train-00000-of-00002.parquet", "test-00000-of-00001.parquet"), r"test \(test-0.*\), train \(train-0.*\)"),
         (("pairs_train.jsonl", "pairs_dev.jsonl"), r"validation \(pairs_dev.jsonl\), train \(.*\)"),
-        (("a.jsonl", "train.jsonl", "Validation.JSONL"), r"validation \(Validation.JSONL\), train \(.*\)"),
+        (("a.jsonl", "train.jsonl", "Validation.JSONL"), r"validation \(V.*\), no split \(a.jsonl\), train \(t.*\)"),
+        (("more.jsonl", "test.jsonl"), r"no split \(more.jsonl\), test \(test.jsonl\)"),
     ],
 )
 def test_files_of_several_splits_are_not_read_together(names, found, tmp_path):
@@ -181,9 +192,30 @@ def test_files_of_several_splits_are_not_read_together(names, found, tmp_path):
         write(f"d/{name.lower()}")
         (tmp_path / "d" / name.lower()).rename(tmp_path / "d" / name)
     for source in ("d", "d/*"):
-        with pytest.raises(DataError, match=rf"^{source[0]}.*: files of several splits are in it: {found}; name a file"):
+        with pytest.raises(
+            DataError, match=rf"^{source[0]}.*: files of several splits are in it: {found}; name a file"
+        ):
             fields(source)
     assert fields(f"d/{names[0]}, d/{names[1]}") == ROWS * 2
+
+
+def test_a_folder_names_the_split_of_the_files_in_it(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write(f"{split}/rows.jsonl")
+    with pytest.raises(
+        DataError, match=r"files of several splits are in it: test \(rows.jsonl\), train \(rows.jsonl\)"
+    ):
+        fields("**/*.jsonl")
+    write("train/train-more.jsonl")
+    assert fields("train") == ROWS * 2
+
+
+def test_a_long_list_and_an_unknown_home_are_names_like_others():
+    names = [write(f"part-{number:05}.jsonl", ROWS[:1]) for number in range(20)]  # too long for the name of one file
+    assert fields(", ".join(names)) == ROWS[:1] * 20
+    with pytest.raises(DataError, match=r"^~nobody-is/a.jsonl: no such file"):
+        fields("~nobody-is/a.jsonl")
 
 
 def test_a_folder_whose_rows_lie_further_down_says_where(tmp_path):
@@ -218,6 +250,10 @@ BROKEN = {
     "half.jsonl": (b'{"text": "a"}\n{"text": ', r"half\.jsonl: line 2: not JSON"),
     "list.jsonl": (b'{"text": "a"}\n["a"]\n', r"list\.jsonl: row 2: expected an object of fields, got list"),
     "deep.jsonl": (b'{"text": "a"}\n' + b"[" * 200_000, r"deep\.jsonl: line 2: (nested too deeply|not JSON)"),
+    "nested.jsonl": (
+        b'{"text": "a"}\n{"x": ' + b"[" * 600 + b"]" * 600 + b"}",
+        r"nested\.jsonl: (row|line) 2: nested too deeply",
+    ),
     "empty.jsonl": (b"", r"empty\.jsonl: no rows"),
     "blank.jsonl": (b"\n\n", r"blank\.jsonl: no rows"),
     "empty.csv": (b"", r"empty\.csv: no rows"),
@@ -252,6 +288,7 @@ def test_what_cannot_be_read_is_named_with_its_place(name):
         ("bare", "no .jsonl, .json, .csv, .tsv or .parquet file in this folder"),
         ("*.txt", r"a\.txt: expected a \.jsonl"),
         ("b*.jsonl", r"b\*\.jsonl: no file matches"),
+        ("bare/*.jsonl", r"bare/\*\.jsonl: no file matches"),
         ("a.jsonl*0", "expected a positive number"),
         ("a.jsonl*x", r"a\.jsonl\*x: expected a positive number after '\*', got 'x'"),
         ("a.jsonl*-1", "expected a positive number"),
@@ -293,6 +330,10 @@ def test_a_hub_dataset_is_read_at_one_commit(monkeypatch):
     assert hash_source("org/name:test") == "c0ffee/None:test"
     assert hash_source("org/name/en") == "c0ffee/en:train"
     assert [where for where, _ in iterate_sources("org/name", limit=1)] == ["org/name:train: row 1"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([]))
+    for source in ("org/name", "org/name*1, org/other*1"):
+        with pytest.raises(DataError, match="org/name:train: no rows in it"):
+            fields(source)
 
 
 OBJECT = st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=3).map(lambda row: json.dumps(row).encode())

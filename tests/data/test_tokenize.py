@@ -12,8 +12,8 @@ from trl.chat_template_utils import is_chat_template_stop_token_trained
 from trl.data_utils import apply_chat_template
 
 from pipeline.data.chat_template import TRANSCRIPT_TEMPLATE, chat_segments, ensure_chat_template, join_segments
-from pipeline.data.formats import PARSERS
 from pipeline.data.files import DataError
+from pipeline.data.formats import PARSERS
 from pipeline.data.tokenize import (
     IGNORE_INDEX,
     completion_rows,

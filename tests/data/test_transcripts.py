@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.data.formats import PARSERS
 from pipeline.data.files import DataError
+from pipeline.data.formats import PARSERS
 from pipeline.data.transcripts import parse_transcript
 
 TALK = [
