@@ -394,7 +394,7 @@ GOOD = b'{"prompt": "a", "completion": " b"}\n'
         ("sft", damaged_stage, r"broken/model\.safetensors: missing or not as it was written .*run pretrain again"),
         ("sft", broken_model, "broken: no model can be loaded from it"),
         ("reward", other_tokenizer, "tokenizers differ: sft [0-9a-f]{12} .*, base [0-9a-f]{12}"),
-        ("reward", given("--max_new_tokens=2000"), "its context is 128 tokens, rows may have 2064; lower"),
+        ("reward", given("--max_new_tokens=2000"), "its context is 128 tokens, sampled texts may have 2064"),
         ("reward", rows("a.jsonl", PAIR + TURNED), "row 2: chosen: contradicts"),
         ("ppo", given("--reward=nowhere/reward/final"), "nowhere/reward/final: not there: run reward first"),
         ("ppo", given("--rollout_batch=500000"), "rollout_batch is 500000, but there are [0-9]+ prompts"),
