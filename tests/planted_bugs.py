@@ -102,7 +102,7 @@ PLANTED = [
     ("rl/update", "[nn.utils.clip_grad_norm_(group[\"params\"], max_norm) for group in optimizer.param_groups]", "[nn.utils.clip_grad_norm_(actor_critic.parameters(), max_norm)] * 2", "one gradient norm over policy and critic"),
     ("rl/update", "        restart_policy_moments_(optimizer, accelerator)\n", "        pass\n", "Adam counts the critic's steps for the policy"),
     ("models/loading", '("drop" in name or "jitter" in name)', 'name == "attention_dropout"', "a rate of dropout that a module holds as a number"),
-    ("data/sources", "return ((where, without_nulls(fields)) for", "return ((where, fields) for", "null is a value"),
+    ("data/sources", "return where, without_nulls(fields)", "return where, fields", "null is a value"),
     ("data/sources", "    if len(splits) > 1:\n", "    if False:\n", "training and test shards read together"),
     ("data/files", "    if len(row) < len(pairs):\n", "    if False:\n", "the last of two fields of one name"),
     ("rl/setup", "rows[rank::world]", "rows[: len(rows) // world]", "all processes answer the same prompts"),

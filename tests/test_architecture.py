@@ -15,7 +15,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
         "hashing internals limits process",
         "console precision finite interrupts whole",
         "launch tracking progress finished logs watchdog",
-        "checkpoints provenance lock",
+        "checkpoints provenance lock disk",
         "stage_run",
     ),
     "data": (

@@ -28,6 +28,7 @@ from pipeline.config.parse import flat, identity
 from pipeline.runtime import checkpoints
 from pipeline.runtime.checkpoints import CHECKPOINTS_KEPT, Checkpoint
 from pipeline.runtime.console import print_main
+from pipeline.runtime.disk import LEAST_DISK, bytes_below, require_free
 from pipeline.runtime.finished import StageError, read_done, remember_files, verify_files
 from pipeline.runtime.finite import check_files_finite
 from pipeline.runtime.hashing import fsync_folder, hash_value
@@ -43,8 +44,6 @@ from pipeline.runtime.provenance import describe_parent, first_difference, git_r
 from pipeline.runtime.tracking import Tracking
 from pipeline.runtime.watchdog import Heartbeat, check_same_inputs
 from pipeline.runtime.whole import appear, make_folder, removed_on_error
-
-LEAST_DISK = 50 * 2**20  # bytes, for logs and samples
 
 
 class StageRun:
@@ -165,7 +164,7 @@ class StageRun:
 
     def _open(self) -> tuple[Checkpoint | None, str]:
         """Makes the folder this run's, with the logs of what it goes on from alone; that, and the run's number."""
-        self._require_free(LEAST_DISK)
+        require_free(self.stage, self.folder, LEAST_DISK)
         make_folder(self.folder)
         self._lock = lock_folder(self.folder)
         if self.final.exists():
@@ -188,22 +187,12 @@ class StageRun:
         """StageError where the disk has no space for what this run holds at its fullest, in bytes.
 
         That is the checkpoints kept and, beside them, the one being written or `final/`; `written` is how many
-        checkpoints the whole run writes. Those of a run that is gone on from are there already.
+        checkpoints the whole run writes.
         """
         kept, most = min(written, CHECKPOINTS_KEPT), min(written, CHECKPOINTS_KEPT + 1)
-        there = sum(file.stat().st_size for file in self.checkpoints.rglob("*") if file.is_file())
-        needed = max(most * checkpoint, kept * checkpoint + final)
         what = f" ({most} checkpoints of {checkpoint / 2**20:,.0f}, or {kept} and final/ of {final / 2**20:,.0f})"
-        run_once(lambda: self._require_free(LEAST_DISK + needed - there, what))
-
-    def _require_free(self, needed: int, what: str = "") -> None:
-        folder = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise StageError(
-                f"{self.folder}: the disk has {free / 2**20:,.0f} MiB free, {self.stage} needs about "
-                f"{needed / 2**20:,.0f}{what}: make room, or give --runs a folder on another disk"
-            )
+        needed = LEAST_DISK + max(most * checkpoint, kept * checkpoint + final)
+        run_once(lambda: require_free(self.stage, self.folder, needed - bytes_below(self.checkpoints), what))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
         """Saves what a later run of the same inputs resumes from: what all processes `write`, and a JSON `state`."""
