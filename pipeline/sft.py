@@ -1,10 +1,12 @@
 """Stage 2: supervised fine-tuning on prompt -> completion, with loss on the completion only."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from transformers import set_seed
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from pipeline.config.stages import SFT
@@ -46,27 +48,15 @@ def train(config: SFT) -> Path:
         model: Policy = load_language_model(base, config.adapter.load_in_4bit)
         if config.adapter.adapter != "none":
             model = wrap_with_adapter(unwrap_peft(model), config.adapter)
-        read = partial(
-            read_rows, kind="completion", reading=config.run.reading, seed=config.run.seed,
-            check=conversation_check(tokenizer, "completion"),
-        )  # fmt: skip
-        train, validation = (
-            read(config.train_file, limit=config.train_rows),
-            read(config.validation_file, limit=config.validation_rows),
+        rows, longer, stage.form = read_tokens(config.train_file, config.train_rows, tokenizer, model, config, {})
+        forms = {config.train_file: stage.form}
+        held_out, held_out_longer, _ = read_tokens(
+            config.validation_file, config.validation_rows, tokenizer, model, config, forms
         )
-        stage.form = check_form(train, config.train_file, {})
-        check_form(validation, config.validation_file, {config.train_file: stage.form})
         say_template_unused(tokenizer, stage.form)
-        with naming(config.train_file):
-            rows, longer = completion_rows(tokenizer, train, config.max_length, config.too_long)
-        with naming(config.validation_file):
-            held_out, held_out_longer = completion_rows(tokenizer, validation, config.max_length, config.too_long)
         print_main(
             f"sft: {len(rows):,} rows; {longer:,} were longer than {config.max_length} tokens ({config.too_long})"
         )
-        for file, part in ((config.train_file, rows), (config.validation_file, held_out)):
-            longest = max(map(len, part["input_ids"]))
-            check_model(unwrap_peft(model), tokenizer, longest, base, f"rows of {file} have up to", "max_length")
         show_example(tokenizer, rows[0]["input_ids"], rows[0]["labels"])
         before, _ = validation_loss(model, tokenizer, held_out, config.optim.micro_batch, config.run.precision)
         trainer = NextTokenTrainer(
@@ -103,3 +93,26 @@ def train(config: SFT) -> Path:
                 "validation_tokens": tokens,
             }
         )
+
+
+def read_tokens(
+    file: str,
+    limit: int,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Policy,
+    config: SFT,
+    forms: Mapping[str, str],
+) -> tuple[Dataset, int, str]:
+    """The rows of a file as tokens and labels, how many were longer than `max_length`, and their form.
+
+    DataError for rows of another form than those of `forms`; ModelError for any longer than the model's context.
+    """
+    check = conversation_check(tokenizer, "completion")
+    rows = read_rows(file, "completion", limit, config.run.reading, config.run.seed, check)
+    form = check_form(rows, file, forms)
+    with naming(file):
+        tokens, longer = completion_rows(tokenizer, rows, config.max_length, config.too_long)
+    longest = max(map(len, tokens["input_ids"]))
+    base = config.run.final("pretrain", config.base)
+    check_model(unwrap_peft(model), tokenizer, longest, base, f"rows of {file} have up to", "max_length")
+    return tokens, longer, form
