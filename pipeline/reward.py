@@ -50,7 +50,7 @@ from pipeline.models.loading import (
 )
 from pipeline.models.saving import save_with_base
 from pipeline.rl.rewards import reward_model_scores
-from pipeline.rl.rollout import generate
+from pipeline.rl.rollout import rollouts
 from pipeline.runtime.console import print_main, silence_libraries
 from pipeline.runtime.precision import autocast
 from pipeline.runtime.process import is_main, processes
@@ -189,11 +189,10 @@ def sample_responses(
         for sampler, path in ((policy, parents["sft"]), (model, parents["base"])):
             check_model(sampler, tokenizer, longest, path, "sampled texts may have", SAMPLING_DIALS)
         torch.manual_seed(config.run.seed)
-        rollouts = [
-            generate(policy, tokenizer, prompts[start : start + SAMPLED], config.sampling)
-            for start in range(0, len(prompts), SAMPLED)
+        return [
+            (rollout.input_ids.cpu(), rollout.attention_mask.cpu())
+            for rollout in rollouts(policy, tokenizer, prompts, config.sampling, SAMPLED)
         ]
-    return [(rollout.input_ids.cpu(), rollout.attention_mask.cpu()) for rollout in rollouts]
 
 
 def mean_score(model: PreTrainedModel, samples: Sequence[tuple[Tensor, Tensor]]) -> float:

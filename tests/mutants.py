@@ -44,7 +44,7 @@ TESTS = {
     "core/tensors": ("core/test_tensors", "rl/test_golden", "rl/test_rollout", "rl/test_parity", "rl/test_ppo"),
     "core/losses": ("core/test_losses", "rl/test_golden", "rl/test_parity", "training/test_trainer"),
     "core/advantages": ("core/test_advantages", "rl/test_golden", "rl/test_parity", "rl/test_rollout", "rl/test_ppo"),
-    "rl/rollout": ("rl/test_rollout", "rl/test_parity", "rl/test_ppo"),
+    "rl/rollout": ("rl/test_rollout", "rl/test_parity", "rl/test_ppo", "chain/test_reward"),
     "rl/experience": ("rl/test_rollout", "rl/test_parity", "rl/test_ppo"),
     "rl/update": ("rl/test_parity", "rl/test_ppo"),
     "rl/setup": ("rl/test_ppo", "models/test_multi_adapter", "runtime/test_checkpoints"),

@@ -88,7 +88,7 @@ PLANTED = [
     ("ppo", 'progress.advance(metrics["kl"], config)', 'progress.advance(metrics["kl_per_token"], config)', "a KL controller that is fed KL per token"),
     ("rl/monitor", "first, last = history[0].metrics, history[-1].metrics", "first, last = history[max(0, len(history) - 2)].metrics, history[-1].metrics", "collapse measured against the evaluation before"),
     ("reward", "(rollout.input_ids.cpu(), rollout.attention_mask.cpu())", "(rollout.input_ids[rollout.has_eos].cpu(), rollout.attention_mask[rollout.has_eos].cpu())", "the score centred on whole samples alone"),
-    ("reward", "for start in range(0, len(prompts), SAMPLED)", "for start in range(0, len(prompts) - SAMPLED + 1, SAMPLED)", "the score centred on whole batches alone"),
+    ("rl/rollout", "for start in range(0, len(prompts), batch_size)", "for start in range(0, len(prompts) - batch_size + 1, batch_size)", "the score centred on whole batches alone"),
     ("rl/progress", "config.rollout_batch, config.adaptive_kl_horizon", "config.eval_prompts, config.adaptive_kl_horizon", "a KL controller that counts the evaluation's prompts"),
     ("rl/setup", "held_out = read_prompts(config.validation_file,", "held_out = read_prompts(config.train_file,", "evaluated on the prompts that were trained on"),
     ("models/fresh_adapter", "        if not found:\n", "        if False:\n", "names that match nothing"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template
+from trl import get_training_chat_template
 
 from pipeline.data.files import DataError
 from pipeline.data.messages import Message
@@ -212,16 +212,14 @@ def conversation_check(tokenizer: PreTrainedTokenizerBase, *answers: str) -> Cal
 
     At the first conversation the tokenizer gets a template that it can be trained on.
     """
-    is_ready = False
+    names: list[str] = []
 
     def check(row: Mapping[str, Any]) -> None:
-        nonlocal is_ready
         if not isinstance(row["prompt"], list):
             return
-        if not is_ready:
+        if not names:
             ensure_chat_template(tokenizer, [row])
-            is_ready = True
-        names = placeholder_names(tokenizer)
+            names.extend(placeholder_names(tokenizer))
         for answer in [row[name] for name in answers] or [[]]:
             list(rendered_segments(tokenizer, [*row["prompt"], *answer], names))
 

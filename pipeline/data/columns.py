@@ -40,13 +40,12 @@ READ = {
 
 
 def rename_columns(where: str, fields: Mapping[str, Any], names: Mapping[str, str], found: set[str]) -> dict[str, Any]:
-    """The fields that are not null, under the names that `names` gives them ('' leaves one out), in messages too.
+    """The fields under the names that `names` gives them ('' leaves one out), in messages too.
 
     What of `names` the row has is added to `found`. Raises DataError where a row has a field of such a name already.
     """
-    fields = {name: value for name, value in fields.items() if value is not None}
     if not names:
-        return fields
+        return dict(fields)
     renamed = rename_keys(where, fields, names, found)
     for name in renamed.keys() & set(OF_MESSAGES):
         value = renamed[name]

@@ -128,8 +128,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 _check_quotes(file, separator, chain([header], lines)), delimiter=separator, strict=True
             )
             names = [name.strip() for name in next(records, [])]
-            if len(set(filter(None, names))) < len([*filter(None, names)]):
-                raise DataError(f"{file}: {_repeated([*filter(None, names)])} heads two columns; name each once")
+            _check_header(file, [*filter(None, names)])
             if "" in names:
                 print_main(
                     f"{file}: column {names.index('') + 1} has no name and is not read (row numbers, or nothing)"
@@ -151,6 +150,11 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise DataError(f"{file}: not readable: {error}") from None
 
 
+def _check_header(file: Path, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise DataError(f"{file}: {_repeated(names)} heads two columns; name each once")
+
+
 def _check_quotes(file: Path, separator: str, lines: Iterable[str]) -> Iterator[str]:
     """The lines; DataError for a cell like ` "a"`: `csv` would leave the quotes in it, and split it at a comma."""
     stray = re.compile(f'(^|{separator}) +"[^"{separator}\r\n]')  # inside quotes one stands before a separator or twice
@@ -169,9 +173,7 @@ def _check_unnamed(file: Path, number: int, names: Sequence[str], cells: Sequenc
 def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise DataError(f"{file}: {_repeated(names)} heads two columns; name each once")
+        _check_header(file, table.schema_arrow.names)
         yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in table.iter_batches()), 1)
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{file}: not readable as parquet: {' '.join(str(error).split())}") from None

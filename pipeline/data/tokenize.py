@@ -195,8 +195,12 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Ten
 
 def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Row numbers in batches of at most `size` rows of similar lengths, for little padding; short ones first."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return in_batches(sorted(range(len(lengths)), key=lengths.__getitem__), size)
+
+
+def in_batches(rows: Sequence[int], size: int) -> list[list[int]]:
+    """The row numbers in their order, `size` at a time; the last batch may be shorter."""
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def prompt_batch(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], max_length: int) -> tuple[Tensor, Tensor]:

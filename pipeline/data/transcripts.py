@@ -67,7 +67,8 @@ def parse_transcript(where: str, name: str, text: str) -> list[Message]:
     """
     text = normal_lines(text).strip()
     turn = AFTER_BLANK_LINE if len(AFTER_BLANK_LINE.findall(text)) > 1 else ON_NEW_LINE
-    speakers, contents = turn.split(text)[1::2], turn.split(text)[2::2]
+    _, *pieces = turn.split(text)
+    speakers, contents = pieces[::2], pieces[1::2]
     if "Assistant" not in speakers:
         raise DataError(
             f"{where}: {name}: opens with Human:, and no turn of Assistant: follows, so it is not known whether it is "

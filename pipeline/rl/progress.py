@@ -157,8 +157,9 @@ def record_evaluation(
 def finish(setup: Setup, progress: Progress) -> Path:
     """Writes the policy to be kept, and returns the stage's `final` directory."""
     kept, metrics = restore_kept(progress.history, setup.actor_critic, setup.meta, setup.config)
-    setup.stage.write(partial(save_actor_critic, kept, setup.tokenizer))
-    return setup.stage.complete(metrics | {"roles": role_origins(kept)})
+    return setup.stage.finish(
+        partial(save_actor_critic, kept, setup.tokenizer), metrics | {"roles": role_origins(kept)}
+    )
 
 
 def restore_kept(

@@ -1,6 +1,6 @@
 """From prompts to sampled responses."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,14 @@ def generate(
     )
 
 
+def rollouts(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text], sampling: Sampling, batch_size: int
+) -> Iterator[Rollout]:
+    """One sampled response to each prompt, `batch_size` at a time."""
+    for start in range(0, len(prompts), batch_size):
+        yield generate(policy, tokenizer, prompts[start : start + batch_size], sampling)
+
+
 @torch.no_grad()
 def respond_and_score(
     policy: Policy,
@@ -128,10 +136,9 @@ def respond_and_score(
     """
     texts: list[str] = []
     measures: dict[str, list[Tensor]] = {}
-    for start in range(0, len(prompts), batch_size):
-        with autocast(precision):
-            rollout = generate(policy, tokenizer, prompts[start : start + batch_size], sampling)
+    with autocast(precision):
+        for rollout in rollouts(policy, tokenizer, prompts, sampling, batch_size):
             for name, values in measure(rollout).items():
                 measures.setdefault(name, []).append(values.float().cpu())
-        texts += [decode(tokenizer, ids) for ids in rollout.responses.tolist()]
+            texts += [decode(tokenizer, ids) for ids in rollout.responses.tolist()]
     return Responses(texts, {name: torch.cat(parts) for name, parts in measures.items()})

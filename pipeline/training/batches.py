@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
-from pipeline.data.tokenize import IGNORE_INDEX
+from pipeline.data.tokenize import IGNORE_INDEX, in_batches
 
 POOL = 50  # batches within which rows are sorted by length
 FILLER_MARGIN = -np.inf  # of the filler pair, as no row's can be
@@ -23,17 +23,13 @@ def epoch_order(count: int, batch_size: int, seed: int, epoch: int, lengths: Seq
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(count).tolist()
     if lengths is not None:
-        pools = split(order, POOL * batch_size)
+        pools = in_batches(order, POOL * batch_size)
         order = [row for pool in pools for row in sorted(pool, key=lengths.__getitem__)]
-    batches = split(order, batch_size)
+    batches = in_batches(order, batch_size)
     batches[-1] += [count] * (batch_size - len(batches[-1]))
     if lengths is not None:
         batches = [batches[number] for number in random.permutation(len(batches))]
     return [row for batch in batches for row in batch]
-
-
-def split(rows: Sequence[int], size: int) -> list[list[int]]:
-    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 class EpochSampler(Sampler[int]):

@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from templates import templated
 from trl import chat_template_utils
 
 from pipeline.config.dials import Reading
@@ -29,12 +30,6 @@ GEMMA = (
 @pytest.fixture(scope="module")
 def plain():
     return train_tokenizer("bpe", ["Human: Assistant: a cat"], 280)
-
-
-def templated(tokenizer, template):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = template
-    return other
 
 
 def talk(*contents, system=""):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from templates import templated
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import is_chat_template_stop_token_trained
@@ -145,12 +146,6 @@ def test_the_first_row_is_shown_with_its_loss(tokenizer, capsys):
 def chars():
     """Characters of a conversation, one id each."""
     return train_tokenizer("char", ["Human: Assistant: abcdefghijklmnopqrstuvwxyz <|im_start|>\n?.!"], 90)
-
-
-def templated(tokenizer, template):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = template
-    return other
 
 
 @pytest.fixture(scope="module")
